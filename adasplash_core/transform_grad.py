@@ -1,0 +1,53 @@
+"""Derivatives of alpha-entmax, from its output alone.
+
+With p = alpha-entmax(s), u = p^(2-alpha) on the support (0 elsewhere), S = sum u and h = alpha - 1:
+
+    dp_j / ds_k   = u_j (1[j = k] - u_k / S)                                                  (Peters et al. 2019, Prop. 2)
+    dp_j / dalpha = (p_j - u_j / S) / h^2 - (e_j - (u_j / S) sum e) / h,   e = p ln p         (Correia et al. 2019, Prop. 3)
+
+The second cancels catastrophically near alpha = 1. Put u = p exp(-h L) with L = ln p, and g = (exp(-h L) - 1 + h L) / h^2. Every
+negative power of h then drops out,
+
+    dp_j / dalpha = -(p_j / S) [ (g_j - G) + h (L_j G - g_j E) ],   G = sum p g,  E = sum p L,
+
+which holds for all h >= 0; at h = 0, g = L^2 / 2.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def score_gradient(p: torch.Tensor, grad: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """Gradient with respect to the scores. ``p``, ``grad`` (..., n); ``alpha`` broadcastable, size 1 in the last dimension."""
+    u = support_power(p, alpha)
+    total = u.sum(-1, keepdim=True)
+    mean = (u * grad).sum(-1, keepdim=True) / torch.where(total > 0, total, 1)
+    return u * (grad - mean)
+
+
+def support_power(p: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """u = p^(2-alpha) on the support, 0 elsewhere (also at alpha = 2, where 0^0 would be 1)."""
+    positive = p > 0
+    return torch.where(positive, torch.where(positive, p, 1) ** (2 - alpha).to(p.dtype), 0)
+
+
+def alpha_derivative(p: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """dp/dalpha at fixed scores: (..., n) like ``p``; ``alpha`` broadcastable to it with size 1 in the last dimension."""
+    h = (alpha - 1).to(p.dtype)
+    positive = p > 0
+    log_p = torch.where(positive, torch.where(positive, p, 1).log(), 0)
+    g = log_p.square() * _phi(-h * log_p)
+    u_sum = (p * torch.exp(-h * log_p)).sum(-1, keepdim=True)
+    g_mean = (p * g).sum(-1, keepdim=True)
+    log_mean = (p * log_p).sum(-1, keepdim=True)
+    return -(p / torch.where(u_sum > 0, u_sum, 1)) * ((g - g_mean) + h * (log_p * g_mean - g * log_mean))
+
+
+def _phi(x: torch.Tensor) -> torch.Tensor:
+    """(exp(x) - 1 - x) / x^2 for x >= 0, to the last bits: its Taylor series below 1/2, where the quotient cancels."""
+    series = torch.ones_like(x)
+    for k in range(14, 2, -1):  # 1/2 (1 + x/3 (1 + x/4 (1 + ...)))
+        series = 1 + series * x / k
+    direct = (torch.expm1(x) - x) / torch.where(x > 0.5, x, 1).square()
+    return torch.where(x > 0.5, direct, 0.5 * series)

@@ -1,0 +1,26 @@
+"""Every test runs against a database of its own run: the user's is never touched."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_HOME = tempfile.TemporaryDirectory(prefix="adasplash-tests-")
+os.environ["ADASPLASH_DB"] = f"sqlite:///{Path(_HOME.name) / 'tests.db'}"
+os.environ.pop("ADASPLASH_PLUGINS", None)
+os.environ.pop("ADASPLASH_DEBUG", None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> Iterator[None]:
+    """The suite runs several workers on few cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
