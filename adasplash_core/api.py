@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from adasplash_core import boundary as boundary  # defines the ops
-from adasplash_core import debug, plugins
+from adasplash_core import boundary, debug, plugins
 from adasplash_core.backend import AttentionCall, KernelConfig
 from adasplash_core.call import FLOAT_DTYPES, Arguments, _alpha_constant, check_alpha_number, spec_from_fields, validate
 from adasplash_core.device import device_info
@@ -132,7 +131,7 @@ def attention(
         deterministic=deterministic,
         return_stats=return_stats,
     )
-    outputs = torch.ops.adasplash.attention_forward(*_op_arguments(args, backend, config))
+    outputs = boundary.attention_forward(args.needs_grad, *_op_arguments(args, backend, config))
     out = _restore(outputs[0], args.leading)
     if not return_stats:
         return out

@@ -258,8 +258,11 @@ _TENSORS = 12  # of _Inputs' fields, the first this many are tensors or None
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = torch.ops.adasplash.attention_forward(*arguments)
+        if _is_watched(arguments[0]):
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = torch.ops.adasplash.attention_forward(*arguments)
+        else:
+            outputs = _forward(*arguments)
         plan = decode(arguments[-1])
         out, *rest = outputs
         needs_out = plugins.registry().backend(plan.backend).backward_needs_out
@@ -303,6 +306,31 @@ def _backward_autograd(*arguments: Any) -> list[torch.Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
         result: list[torch.Tensor] = torch.ops.adasplash.attention_backward(*arguments)
     return result
+
+
+def attention_forward(needs_grad: bool, *arguments: Any) -> list[torch.Tensor]:
+    """The op's result. Where nobody listens to the dispatcher, straight from the kernel: that saves 10 of 30 us a call."""
+    if _is_watched(arguments[0]):
+        result: list[torch.Tensor] = torch.ops.adasplash.attention_forward(*arguments)
+        return result
+    if needs_grad:
+        return list(_Attention.apply(*arguments))  # type: ignore[no-untyped-call]
+    return _forward(*arguments)
+
+
+def _is_watched(query: torch.Tensor) -> bool:
+    """Whether tracing, a dispatch mode, a tensor subclass, functorch or the profiler must see an op."""
+    return (
+        torch.compiler.is_compiling()
+        or type(query) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 # -- the entmax transform -------------------------------------------------------------------------------------------------------
