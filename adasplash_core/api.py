@@ -308,4 +308,6 @@ def explain(
 
 def list_backends() -> dict[str, list[str]]:
     """Every backend that plugins offered, and why it cannot run here: an empty list means that it can."""
-    return {record.name: record.unavailable_reasons() for record in plugins.registry().records}
+    # One that could not be used must not hide the one that has its name.
+    usable_last = sorted(plugins.registry().records, key=lambda record: record.backend is not None)
+    return {record.name: record.unavailable_reasons() for record in usable_last}

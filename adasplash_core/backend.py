@@ -92,7 +92,7 @@ class AttentionCall:
     )
     query_offset: int | torch.Tensor = 0  # key position of query 0 under "top_left"; int, () or (B,) tensor
     window: tuple[int, int] = (-1, -1)  # keys kept left and right of the diagonal, -1 open
-    kv_lengths: torch.Tensor | None = None  # (B,) int: keys j >= kv_lengths[b] do not exist
+    kv_lengths: torch.Tensor | None = None  # (B,) int: keys j >= kv_lengths[b] do not exist: whatever is there, NaN too, has no effect
     kv_starts: torch.Tensor | None = None  # (B,) int: keys j < kv_starts[b] do not exist
     cu_seqlens_q: torch.Tensor | None = None  # (S + 1,) int
     cu_seqlens_k: torch.Tensor | None = None  # (S + 1,) int

@@ -98,7 +98,7 @@ class Registry:
             try:
                 manager.register(plugin)
                 getattr(manager.hook, hook)(**arguments(origin))
-            except Exception as error:  # whatever a plugin does wrong becomes a reason
+            except (Exception, SystemExit) as error:  # whatever a plugin does wrong becomes a reason
                 self.note_problem(origin, f"{hook} failed: {_describe(error)}")
 
 
@@ -118,9 +118,12 @@ def load() -> Registry:
             continue
         try:
             plugin = entry.load()
-            _check_hook_names(plugin)
+            misspelt = _misspelt_hook(plugin)
         except (Exception, SystemExit) as error:  # an import can fail in any way, also by exiting
             registry.note_problem(origin, f"its import failed: {_describe(error)}")
+            continue
+        if misspelt:
+            registry.note_problem(origin, misspelt)
             continue
         names.add(entry.name)
         registry.plugins.append((origin, plugin))
@@ -166,15 +169,14 @@ def _allow_list() -> set[str] | None:
     return None if value is None else {name.strip() for name in value.split(",") if name.strip()}
 
 
-def _check_hook_names(plugin: object) -> None:
-    """A misspelt hook would otherwise be ignored without a word."""
+def _misspelt_hook(plugin: object) -> str:
+    """A reason against a plugin with a hook of unknown name, which would otherwise be ignored without a word; else empty."""
     known = [name for name in vars(hookspecs) if name.startswith("adasplash_")]
     for name in dir(plugin):
         if hasattr(getattr(plugin, name, None), f"{hookspecs.GROUP}_impl") and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise AttributeError(
-                f"{name} is no hook" + (f", did you mean {near[0]}?" if near else f"; the hooks are {', '.join(known)}")
-            )
+            return f"{name} is no hook" + (f", did you mean {near[0]}?" if near else f"; the hooks are {', '.join(known)}")
+    return ""
 
 
 def _describe(error: BaseException) -> str:
