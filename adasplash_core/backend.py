@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib.util
 import io
+import sys
 import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -92,7 +93,9 @@ class AttentionCall:
     )
     query_offset: int | torch.Tensor = 0  # key position of query 0 under "top_left"; int, () or (B,) tensor
     window: tuple[int, int] = (-1, -1)  # keys kept left and right of the diagonal, -1 open
-    kv_lengths: torch.Tensor | None = None  # (B,) int: keys j >= kv_lengths[b] do not exist: whatever is there, NaN too, has no effect
+    kv_lengths: torch.Tensor | None = (
+        None  # (B,) int: keys j >= kv_lengths[b] do not exist: whatever is there, NaN too, has no effect
+    )
     kv_starts: torch.Tensor | None = None  # (B,) int: keys j < kv_starts[b] do not exist
     cu_seqlens_q: torch.Tensor | None = None  # (S + 1,) int
     cu_seqlens_k: torch.Tensor | None = None  # (S + 1,) int
@@ -258,14 +261,17 @@ DEFAULT_ERROR_BOUNDS: Mapping[str, float] = {"float64": 1e-11, "float32": 5e-6, 
 @cache
 def source_hash(package: str) -> str:
     """SHA-256 (16 hex digits) over the tokens of a package's ``.py`` files and the text of its ``.cu``/``.cuh`` files."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not (spec.origin or spec.submodule_search_locations):
-        return "unknown"
-    roots = [Path(p) for p in spec.submodule_search_locations or []] or [Path(str(spec.origin))]
+    if package == "__main__":  # a backend in a script: no import spec to ask
+        roots = [Path(getattr(sys.modules[package], "__file__", None) or "")]
+    elif (spec := importlib.util.find_spec(package)) is not None:
+        roots = [Path(p) for p in spec.submodule_search_locations or []] or [Path(spec.origin or "")]
+    else:
+        roots = []
     digest = hashlib.sha256()
     skipped = {tokenize.COMMENT, tokenize.NL}
     for root in roots:
-        files = sorted(p for p in root.rglob("*") if p.suffix in {".py", ".cu", ".cuh"}) if root.is_dir() else [root]
+        found = root.rglob("*") if root.is_dir() and root != Path() else [root]
+        files = sorted(p for p in found if p.suffix in {".py", ".cu", ".cuh"})
         for path in files:
             digest.update(path.name.encode())
             text = path.read_text(encoding="utf-8")

@@ -325,7 +325,7 @@ def _is_watched(query: torch.Tensor) -> bool:
         or type(query) not in _PLAIN
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
     )
 
