@@ -36,7 +36,7 @@ class Rung(IntEnum):
             Rung.USER_DATABASE: "user database",
             Rung.STALE: "user database, stale",
             Rung.SHIPPED: "shipped with the package",
-            Rung.SAME_CAPABILITY: "another GPU of the same compute capability",
+            Rung.SAME_CAPABILITY: "a similar device (same compute capability)",
             Rung.HEURISTIC: "the backend's heuristic",
         }[self]
 
