@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
 from adasplash_torch.solver import Method, threshold
 
 TARGET = Path(__file__).parents[1] / "docs" / "_generated" / "solver_iterations.md"

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from adasplash_torch.backend import TorchBackend
 
 from adasplash_core.backend import AttentionCall, ForwardResult, Gradients, SavedTensor
 from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import AttentionSpec
 from adasplash_core.testing import oracle
+from adasplash_torch.backend import TorchBackend
 
 
 class Honest(TorchBackend):

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from adasplash_torch.backend import TorchBackend
 from hypothesis import given, settings
 
 from adasplash_core import attention
 from adasplash_core.backend import AttentionCall
 from adasplash_core.testing import AttentionConformance
 from adasplash_core.testing.target import Target
+from adasplash_torch.backend import TorchBackend
 from tests.conformance import strategies
 
 DOUBLE = torch.float64

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from adasplash_cli.main import cli
-from adasplash_torch.backend import TorchBackend
 from click.testing import CliRunner, Result
 
+from adasplash_cli.main import cli
 from adasplash_core import plugins
 from adasplash_core.backend import AttentionCall, ForwardResult
+from adasplash_torch.backend import TorchBackend
 
 
 class Modest(TorchBackend):

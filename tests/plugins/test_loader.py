@@ -139,7 +139,8 @@ def test_two_plugins_of_one_name(site: Path) -> None:
     install(site, "twin_a", backend_source("first"), plugin="twin")
     install(site, "twin_b", backend_source("second"), plugin="twin")
     registry = plugins.load()
-    assert set(registry.backends) == {"torch", "first"}
+    assert "first" in registry.backends
+    assert "second" not in registry.backends
     assert registry.problems == {"twin (twin_b-dist 1.0)": "another plugin is already named 'twin'"}
 
 

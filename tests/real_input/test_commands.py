@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from adasplash_cli.main import cli
 from click.testing import CliRunner, Result
 
 import adasplash_core
+from adasplash_cli.main import cli
 from adasplash_core.workload import Workload
 
 

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from adasplash_torch import tiles
-from adasplash_torch.backend import TorchBackend
-from adasplash_torch.configs import BackwardConfig, ForwardConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +19,9 @@ from adasplash_core.backend import AttentionCall, ForwardResult, Gradients
 from adasplash_core.call import make_call
 from adasplash_core.device import device_info
 from adasplash_core.errors import ConfigError
+from adasplash_torch import tiles
+from adasplash_torch.backend import TorchBackend
+from adasplash_torch.configs import BackwardConfig, ForwardConfig
 
 BACKEND = TorchBackend()
 TILES: list[dict[str, Any]] = [

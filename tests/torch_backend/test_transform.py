@@ -7,9 +7,10 @@ import math
 import entmax
 import pytest
 import torch
-from adasplash_torch.transform import transform_forward
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from adasplash_torch.transform import transform_forward
 
 CLASSES = {1.0: "1", 1.5: "1.5", 2.0: "2"}
 

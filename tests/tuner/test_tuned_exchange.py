@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adasplash_tuner.exchange import MAX_BYTES, export_document, parse_document, read_document, shipped_records
-from adasplash_tuner.records import RecordError, parse_config
-from adasplash_tuner.store import TuningStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adasplash_core.errors import ArgumentError
+from adasplash_tuner.exchange import MAX_BYTES, export_document, parse_document, read_document, shipped_records
+from adasplash_tuner.records import RecordError, parse_config
+from adasplash_tuner.store import TuningStore
 from tests.tuner.fakes import Warned, record
 
 

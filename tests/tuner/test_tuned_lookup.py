@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from adasplash_tuner.exchange import export_document
-from adasplash_tuner.key import TuningKey, tuning_key
-from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.store import TuningStore
 
 from adasplash_core.backend import KernelConfig
 from adasplash_core.configs import ConfigLadder, Rung
 from adasplash_core.device import DeviceInfo
+from adasplash_tuner.exchange import export_document
+from adasplash_tuner.key import TuningKey, tuning_key
+from adasplash_tuner.provider import TunedConfigs
+from adasplash_tuner.store import TuningStore
 from tests.tuner.fakes import A100, H100, H200, SPEC, BlockConfig, FakeBackend, Warned, record
 
 CPU = DeviceInfo("cpu", "Some CPU", multiprocessors=8)

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
+
 from adasplash_cli.main import cli
+from adasplash_core.device import device_info
+from adasplash_core.errors import ArgumentError
+from adasplash_core.plugins import registry
 from adasplash_tuner.key import tuning_key
 from adasplash_tuner.records import Measurement
 from adasplash_tuner.shapes import PROFILES, Shape
 from adasplash_tuner.store import TuningStore, now
-from click.testing import CliRunner, Result
-
-from adasplash_core.device import device_info
-from adasplash_core.errors import ArgumentError
-from adasplash_core.plugins import registry
 from tests.tuner.fakes import H100, SPEC, record
 
 

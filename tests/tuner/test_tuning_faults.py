@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from adasplash_tuner import upkeep
-from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.store import TuningStore
 
 from adasplash_core.configs import ConfigLadder, Rung
 from adasplash_core.errors import ArgumentError, StoreError
+from adasplash_tuner import upkeep
+from adasplash_tuner.provider import TunedConfigs
+from adasplash_tuner.store import TuningStore
 from tests.tuner.fakes import H100, SPEC, FakeBackend, Warned, record
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,6 @@ import math
 from dataclasses import dataclass, fields, replace
 
 import pytest
-from adasplash_tuner.key import KEY_FIELDS, TuningKey, bucket, closest, key_bucket, query_bucket, space_version, tuning_key
-from adasplash_tuner.models import KeyRow
-from adasplash_tuner.shapes import Shape
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +13,9 @@ from adasplash_core.backend import KernelConfig
 from adasplash_core.call import make_call
 from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import AttentionSpec
+from adasplash_tuner.key import KEY_FIELDS, TuningKey, bucket, closest, key_bucket, query_bucket, space_version, tuning_key
+from adasplash_tuner.models import KeyRow
+from adasplash_tuner.shapes import Shape
 from tests.tuner.fakes import A100, H100, SPEC, BlockConfig, FakeBackend
 
 

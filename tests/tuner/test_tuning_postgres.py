@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.records import Measurement
-from adasplash_tuner.store import TuningStore
 
 from adasplash_core.configs import ConfigLadder, Rung
 from adasplash_core.errors import StoreError
+from adasplash_tuner.provider import TunedConfigs
+from adasplash_tuner.records import Measurement
+from adasplash_tuner.store import TuningStore
 from tests.tuner.fakes import H100, SPEC, BlockConfig, FakeBackend, record
 
 pytestmark = pytest.mark.skipif(shutil.which("initdb") is None, reason="PostgreSQL's initdb is not on the PATH")

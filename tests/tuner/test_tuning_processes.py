@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from adasplash_core.device import device_info
 from adasplash_tuner.session import Event, Planned, Request
 from adasplash_tuner.shapes import Shape
 from adasplash_tuner.store import TuningStore
 from adasplash_tuner.workers import split, tune_side_by_side
-
-from adasplash_core.device import device_info
 from tests.tuner.fakes import H100, H200, record
 
 ROOT = Path(__file__).parents[2]

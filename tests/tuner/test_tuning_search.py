@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable
 
 import pytest
+
+from adasplash_core.errors import ConfigRejectedError
 from adasplash_tuner.key import TuningKey
 from adasplash_tuner.records import BestConfig, Measurement, config_text
 from adasplash_tuner.search import Outcome, Progress, Search
 from adasplash_tuner.statistics import Samples, compare, is_faster
 from adasplash_tuner.store import TuningStore
-
-from adasplash_core.errors import ConfigRejectedError
 from tests.tuner.fakes import BlockConfig
 
 DEFAULT = BlockConfig(64, 8)

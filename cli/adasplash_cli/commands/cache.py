@@ -170,10 +170,9 @@ def prune_command(older_than: float | None, missing_gpu: bool, stale: bool, dry_
     """Delete tuned configs, and the measurements under them, to which any of the given options applies."""
     if older_than is None and not missing_gpu and not stale:
         raise click.UsageError("Say what to delete: --older-than DAYS, --missing-gpu, --stale.")
-    from adasplash_tuner.upkeep import DAY_S, prunable
-
     from adasplash_core.device import visible_devices
     from adasplash_core.plugins import registry
+    from adasplash_tuner.upkeep import DAY_S, prunable
 
     store = _store()
     chosen = prunable(
@@ -201,9 +200,8 @@ def verify_command(as_json: bool) -> None:
 
     Exits with 1 if the database or a row is broken; stale rows are no fault.
     """
-    from adasplash_tuner.upkeep import verify
-
     from adasplash_core.plugins import registry
+    from adasplash_tuner.upkeep import verify
 
     store = _store()
     damage = store.integrity_problems()

@@ -12,10 +12,9 @@ import click
 from adasplash_cli.output import console, json_option, milliseconds, note, print_json, print_table
 
 if TYPE_CHECKING:
-    from adasplash_tuner.session import Event, Finished, Report, Request
-
     from adasplash_core.device import DeviceInfo
     from adasplash_core.spec import Pass
+    from adasplash_tuner.session import Event, Finished, Report, Request
 
 PASS_NAMES = ("forward", "backward")
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
