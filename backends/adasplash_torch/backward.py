@@ -20,8 +20,9 @@ from adasplash_core.backend import AttentionCall, Gradients
 from adasplash_torch.configs import BackwardConfig
 from adasplash_torch.entries import Transposed
 from adasplash_torch.forward import dense_dropout_factor, density_limit, dropout_factor
+from adasplash_torch.parallel import for_each_block
 from adasplash_torch.solver import log_excess
-from adasplash_torch.tiles import Block, Tile, Workspace, blocks, mask_part
+from adasplash_torch.tiles import Block, Tile, Workspace, block_groups, mask_part
 
 _DP, _SCRATCH = 2, 3  # workspace slots; 0 and 1 are the tile's scores and group maxima
 
@@ -56,8 +57,8 @@ def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.
     config = cast(BackwardConfig, call.config)
     (peak,) = saved
     sums = _Accumulators(call, peak.dtype)
-    workspace = Workspace(peak.dtype, call.query.device)
-    for block in blocks(call, config):
+
+    def compute(block: Block, workspace: Workspace) -> None:
         for tile in block.tiles(workspace):
             if not tile.width:
                 continue
@@ -68,6 +69,11 @@ def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.
                 query = query.masked_fill(tile.poisoned[:, None], 0)
             if not _sparse(tile, config, query, grad, tile_peak, sums):
                 _dense(tile, query, grad, tile_peak, sums, workspace)
+
+    groups = block_groups(call, config, shares_keys=True)
+    if sums.mask is not None:  # all heads may add to one entry
+        groups = [[make for group in groups for make in group]]
+    for_each_block(groups, compute, peak.dtype, call.query.device)
     return sums.gradients(call)
 
 

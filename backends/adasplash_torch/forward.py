@@ -15,7 +15,8 @@ from adasplash_core import dropout
 from adasplash_core.backend import AttentionCall, ForwardResult
 from adasplash_torch.configs import ForwardConfig, TileConfig
 from adasplash_torch.entries import Entries
-from adasplash_torch.tiles import Block, Tile, Workspace, blocks
+from adasplash_torch.parallel import for_each_block
+from adasplash_torch.tiles import Block, Tile, Workspace, block_groups
 
 
 class _Outputs:
@@ -47,11 +48,13 @@ def forward(call: AttentionCall) -> ForwardResult:
     config = cast(ForwardConfig, call.config)
     dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     outputs = _Outputs(call, dtype)
-    workspace = Workspace(dtype, call.query.device)
-    for block in blocks(call, config):
+
+    def compute(block: Block, workspace: Workspace) -> None:
         for tile in block.tiles(workspace):
             if tile.width and not _sparse(tile, config, outputs):
                 _dense(tile, config, outputs)
+
+    for_each_block(block_groups(call, config, shares_keys=False), compute, dtype, call.query.device)
     saved = () if outputs.peak is None else (outputs.peak,)
     return ForwardResult(outputs.out, saved, outputs.tau, outputs.support)
 

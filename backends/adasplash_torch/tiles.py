@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -300,24 +301,44 @@ class Workspace:
         return buffer[:size].view(shape)
 
 
-def blocks(call: AttentionCall, config: TileConfig) -> Iterator[Block]:
-    """Ranges of batches and heads that share tiles, in order: several batches only with all their heads, and one alpha."""
+def block_groups(call: AttentionCall, config: TileConfig, shares_keys: bool) -> list[list[Callable[[], Block]]]:
+    """Ranges of batches and heads that share tiles: several batches only with all their heads, and one alpha. Made when called.
+
+    With ``shares_keys``, blocks that read the same key head are in one group, in order: their gradients add up there.
+    """
     batch, heads, q_len, _ = call.query.shape
     if batch == 0 or heads == 0 or q_len == 0:
-        return
+        return []
     rows = min(config.rows, q_len)
     panel = min(config.panel, rows)
     if rows % panel:
         panel = math.gcd(rows, panel) if math.gcd(rows, panel) * 4 >= panel else rows
     intervals = Intervals(call, panel)
-    for run, alpha in _alpha_runs(call):
-        whole = run.stop - run.start
-        per_block = min(config.heads, whole)
-        batches = config.heads // whole if per_block == whole else 1
-        for b in range(0, batch, batches):
+    repeat = heads // call.spec.kv_heads
+    groups: list[list[Callable[[], Block]]] = []
+    last: tuple[int, int] | None = None  # batch and key head where the last block ended
+    for b, h, batches, per_block, run, alpha in _ranges(call, config):
+        in_batch, in_heads = slice(b, min(b + batches, batch)), slice(h, min(h + per_block, run.stop))
+        make = partial(Block, call, config, intervals, in_batch, in_heads, alpha)
+        if shares_keys and last == (b, h // repeat):
+            groups[-1].append(make)
+        else:
+            groups.append([make])
+        last = (b, (in_heads.stop - 1) // repeat)
+    return groups
+
+
+def _ranges(call: AttentionCall, config: TileConfig) -> Iterator[tuple[int, int, int, int, slice, float | torch.Tensor]]:
+    """First batch, first head, batches and heads of each block, and its run of heads with one alpha; batch by batch."""
+    runs = list(_alpha_runs(call))
+    batches = 1
+    if len(runs) == 1:
+        batches = max(config.heads // call.spec.heads, 1)
+    for b in range(0, call.query.shape[0], batches):
+        for run, alpha in runs:
+            per_block = min(config.heads, run.stop - run.start)
             for h in range(run.start, run.stop, per_block):
-                in_batch, in_heads = slice(b, min(b + batches, batch)), slice(h, min(h + per_block, run.stop))
-                yield Block(call, config, intervals, in_batch, in_heads, alpha)
+                yield b, h, batches, per_block, run, alpha
 
 
 def _alpha_runs(call: AttentionCall) -> Iterator[tuple[slice, float | torch.Tensor]]:
