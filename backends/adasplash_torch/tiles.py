@@ -121,6 +121,10 @@ DENSE_CHUNK = 1 << 19
 """Scores that a dense pass works on at a time: 2 MiB in float32."""
 
 
+PARALLEL_FROM = 1 << 20
+"""Scores of a call from which several threads are worth starting."""
+
+
 class Block:
     """The rows of a range of batches and heads: keys and values in the compute dtype, contiguous, and its tiles.
 
@@ -330,13 +334,18 @@ def block_groups(call: AttentionCall, config: TileConfig, shares_keys: bool) -> 
 
 def _ranges(call: AttentionCall, config: TileConfig) -> Iterator[tuple[int, int, int, int, slice, float | torch.Tensor]]:
     """First batch, first head, batches and heads of each block, and its run of heads with one alpha; batch by batch."""
+    batch, heads = call.query.shape[:2]
+    repeat = heads // call.spec.kv_heads
     runs = list(_alpha_runs(call))
-    batches = 1
-    if len(runs) == 1:
-        batches = max(config.heads // call.spec.heads, 1)
-    for b in range(0, call.query.shape[0], batches):
+    most = config.heads
+    if host_reads_are_free(call.query.device) and batch * heads * call.query.shape[2] * call.key.shape[2] > PARALLEL_FROM:
+        most = min(most, -(-batch * heads // torch.get_num_threads()))  # blocks enough for all threads
+    batches = max(most // heads, 1) if len(runs) == 1 else 1
+    # Whole groups of heads that share a key head, or a part that divides one: blocks that straddle two would wait for each other.
+    aligned = most - most % repeat if most >= repeat else max(d for d in range(1, most + 1) if repeat % d == 0)
+    for b in range(0, batch, batches):
         for run, alpha in runs:
-            per_block = min(config.heads, run.stop - run.start)
+            per_block = min(aligned, run.stop - run.start)
             for h in range(run.start, run.stop, per_block):
                 yield b, h, batches, per_block, run, alpha
 
