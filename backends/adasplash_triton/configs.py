@@ -1,0 +1,143 @@
+"""Tunable parameters of the Triton kernels, and the heuristics that pick them when nothing was measured. Imports no triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from adasplash_core.backend import KernelConfig
+from adasplash_core.device import DeviceInfo
+from adasplash_core.spec import AttentionSpec
+
+LIST_ROWS = 64
+"""Query rows that share one list of keys: fixed, because what the forward saves the backward must read with any config."""
+
+
+@dataclass(frozen=True)
+class ForwardConfig(KernelConfig):
+    """Block sizes (keys a tile unless said), warps and stages of each pass, and when a list of keys is worth having."""
+
+    select_blocks: int = 1  # blocks of LIST_ROWS rows per program of the dense pass
+    select_keys: int = 128
+    select_warps: int = 4
+    select_stages: int = 3
+    select_registers: int = 168  # most registers a thread; 0: as many as the compiler wants
+    sample: int = 8  # the sampled pass reads every so many tiles
+    sample_steps: int = 12  # most Newton steps over the sample, at least 1
+    sample_worth: float = 1.5  # another step is taken while the rows' mean of sum p over the sample exceeds this
+    list_percent: int = 85  # longer lists, in per cent of the range, are not made ...
+    dense_percent: int = 50  # ... and not used once they have shrunk
+    least_list: int = 1024  # lists up to this length always are
+    list_keys: int = 64
+    list_keys_on_chip: int = 128  # longest list whose scores stay on chip
+    list_warps: int = 4
+    list_stages: int = 2
+    list_registers: int = 0
+    dense_keys: int = 64
+    dense_warps: int = 4
+    dense_stages: int = 2
+    short_rows: int = 64  # query rows per program where whole rows of scores stay on chip
+    short_warps: int = 8
+
+
+@dataclass(frozen=True)
+class BackwardConfig(KernelConfig):
+    """The backward's block sizes (keys) and schedule."""
+
+    block_k: int = 64  # gathered keys per tile
+    block_d: int = 64  # keys per tile where all keys take part
+    block_n: int = 64  # keys per program of the pass over key blocks
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def short_length(head_dim: int, head_dim_v: int, itemsize: int) -> int:
+    """Key lengths up to this keep whole rows of scores on chip; 0: none. Independent of configs: forward and backward must agree."""
+    row = _padded(max(head_dim, head_dim_v)) * itemsize
+    return 512 if row <= 128 else 256 if row <= 256 else 0
+
+
+def _padded(head_dim: int) -> int:
+    return 1 << (max(head_dim, 16) - 1).bit_length()
+
+
+def is_small(device: DeviceInfo) -> bool:
+    """Whether a block has less shared memory than on data-centre GPUs: 99 KB on compute capability 8.6, 8.9 and 12.0."""
+    return 0 < device.shared_memory < 128 * 1024
+
+
+def fits(spec: AttentionSpec, device: DeviceInfo) -> bool:
+    """Whether some config runs: the widest float32 heads do not fit a small GPU."""
+    return not (is_small(device) and _bytes_per_row(spec) > 512)
+
+
+def _bytes_per_row(spec: AttentionSpec) -> int:
+    """Shared memory of one row of the wider of K and V, padded to a power of two."""
+    return _padded(max(spec.head_dim, spec.head_dim_v)) * (4 if spec.dtype == "float32" else 2)
+
+
+def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
+    """Large tiles where shared memory and registers allow, smaller for wide heads, float32 and small GPUs."""
+    row = _bytes_per_row(spec)
+    if row <= 128:
+        config = ForwardConfig()
+        if (spec.q_len or 0) >= 16384:  # enough blocks to fill the GPU two at a time
+            config = replace(config, select_blocks=2, select_warps=8, select_registers=128, list_registers=168)
+    elif row <= 256:
+        config = ForwardConfig(select_registers=0, list_keys_on_chip=64)
+    elif row <= 512:
+        config = ForwardConfig(
+            select_keys=64, select_warps=8, select_stages=2, select_registers=0,
+            list_keys=32, list_keys_on_chip=32, list_warps=8, list_stages=1,
+            dense_keys=32, dense_warps=8, dense_stages=1,
+        )  # fmt: skip
+    else:
+        config = ForwardConfig(
+            select_keys=32, select_warps=8, select_stages=1, select_registers=0, list_keys=16, list_keys_on_chip=16, list_warps=8,
+            list_stages=1, dense_keys=16, dense_warps=8, dense_stages=1,
+        )  # fmt: skip
+    if is_small(device):
+        config = replace(config, select_stages=max(1, config.select_stages - 1), list_stages=1, dense_stages=1)
+    return config
+
+
+def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
+    """As :func:`default_forward`."""
+    row = _bytes_per_row(spec)
+    if row <= 128:
+        config = BackwardConfig()
+    elif row <= 256:
+        config = BackwardConfig(num_stages=1, num_warps=8)
+    elif row <= 512:
+        config = BackwardConfig(block_d=32, block_n=32, num_stages=1, num_warps=8)
+    else:
+        config = BackwardConfig(block_k=16, block_d=16, block_n=16, num_stages=1, num_warps=8)
+    if is_small(device):
+        config = replace(config, num_stages=1)
+        if row >= 512:
+            config = replace(config, block_k=16, block_d=16, block_n=16)
+    return config
+
+
+def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardConfig]:
+    """Candidates around the default, one or two fields away."""
+    base = default_forward(spec, device)
+    for keys in (base.select_keys, base.select_keys * 2):
+        for blocks in (1, 2):
+            for stages in (2, 3, 4):
+                yield replace(base, select_keys=keys, select_blocks=blocks, select_stages=stages)
+    for sample in (8, 16):
+        for worth in (1.5, 1.2, 4.0):
+            yield replace(base, sample=sample, sample_worth=worth)
+    for keys in (32, 64):
+        for percent in (50, 70, 95):
+            yield replace(base, list_keys=keys, list_percent=percent)
+
+
+def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[BackwardConfig]:
+    """Candidates around the default."""
+    base = default_backward(spec, device)
+    for block_k in (32, 64, 16):
+        for stages in (1, 2):
+            for warps in (4, 8):
+                yield replace(base, block_k=block_k, num_stages=stages, num_warps=warps)

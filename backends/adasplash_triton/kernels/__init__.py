@@ -1,0 +1,1 @@
+"""Triton kernels: one file a pass, shared device functions in :mod:`primitives`."""

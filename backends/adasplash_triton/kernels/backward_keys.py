@@ -1,0 +1,105 @@
+"""Backward, a program per block of keys: dK and dV of the query blocks that kept no list, in a fixed order.
+
+    dK = scale ds^T Q,  dV = p^T dO,  summed over the query heads that share the key head.
+
+Starts from what ``backward_rows`` added by atomics (if lists were kept) and writes the gradients in their own dtype; with no
+lists at all (``LISTS`` off) the result is the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash_triton.kernels.backward_rows import score_gradient
+from adasplash_triton.kernels.primitives import alpha_minus_one, load_rows, load_tile, row_interval, scores, store_rows, visible
+
+LENGTHS = ("q_len", "kv_len", "q_blocks", "shift", "left", "right", "mask_batch", "keymask_batch", "slopes_batch", "heads", "group",
+           "keep_from")  # fmt: skip
+
+
+@triton.jit
+def count_dense(BLOCKS, first, last, BLOCK: tl.constexpr):
+    """How many of the query blocks first .. last kept no list."""
+    total = 0
+    for i in range(first, last, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        total += tl.sum((tl.load(BLOCKS + at * 2 + 1, mask=at < last, other=0) < 0).to(tl.int32), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def backward_keys_kernel(
+    Q, K, V, DO, M, C, DELTA, BLOCKS, A, LO, HI, DIAG, KEYMASK, SLOPES, SEED, DK_SUM, DV_SUM, DK, DV,
+    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, do_batch, do_head, do_stride,
+    mask_batch, keymask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, shift, left, right, scale, keep_from, keep_scale,
+    ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BN
+    kv_heads = heads // group
+    b = tl.program_id(1) // kv_heads
+    kv_head = tl.program_id(1) % kv_heads
+    keys = n + tl.arange(0, BN)
+    k = load_tile(K + b.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head, n, k_stride, 0, kv_len, E, BE, BN, True)
+    v = load_tile(V + b.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head, n, v_stride, 0, kv_len, EV, BEV, BN, True)
+    allowed = keys < kv_len
+    if HAS_KEYMASK:
+        allowed = allowed & (tl.load(KEYMASK + b.to(tl.int64) * keymask_batch + keys, mask=keys < kv_len, other=0) != 0)
+    kv_at = tl.program_id(1).to(tl.int64) * kv_len
+    if LISTS:
+        dk = load_rows(DK_SUM + kv_at * E, keys, E, kv_len, E, BE, True)
+        dv = load_rows(DV_SUM + kv_at * EV, keys, EV, kv_len, EV, BEV, True)
+    else:
+        dk = tl.zeros((BN, BE), tl.float32)
+        dv = tl.zeros((BN, BEV), tl.float32)
+    zero = tl.zeros((BM,), tl.float32)
+    sums = (zero, zero, zero, zero, zero, zero)
+    first = 0
+    last = q_blocks
+    if not LOADED:
+        first = tl.maximum(n - shift - right, 0) // BM
+        last = tl.minimum(tl.maximum(n + BN + left - shift + BM - 1, 0) // BM, q_blocks)
+    for g in range(group):
+        head = kv_head * group + g
+        bh = b * heads + head
+        h = alpha_minus_one(A, head, PER_HEAD, ALPHA)
+        x_scale = scale
+        if ALPHA >= 15:
+            x_scale *= h
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(SLOPES + b.to(tl.int64) * slopes_batch + head).to(tl.float32)
+            if ALPHA >= 15:
+                slope *= h
+        row_at = bh.to(tl.int64) * q_len
+        blocks = BLOCKS + bh.to(tl.int64) * q_blocks * 2
+        stop = last
+        if LISTS:  # noqa: SIM102
+            if count_dense(blocks, first, last, 1024) == 0:
+                stop = first
+        for block in range(first, stop):
+            rows = block * BM + tl.arange(0, BM)
+            lo, hi, diag = row_interval(LO, HI, DIAG, mask_batch, b, rows, q_len, kv_len, shift, left, right, LOADED)
+            some = lo < hi
+            wanted = (tl.max(tl.where(some, hi, 0), 0) > n) & (tl.min(tl.where(some, lo, kv_len), 0) < n + BN)
+            if LISTS:
+                wanted = wanted & (tl.load(blocks + block * 2 + 1) < 0)
+            if wanted:
+                q = load_rows(Q + b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head, rows, q_stride, q_len, E, BE, True)
+                do = load_rows(
+                    DO + b.to(tl.int64) * do_batch + head.to(tl.int64) * do_head, rows, do_stride, q_len, EV, BEV, True
+                )
+                m = tl.load(M + row_at + rows, mask=rows < q_len, other=0.0)
+                c = tl.load(C + row_at + rows, mask=rows < q_len, other=0.0)
+                delta = tl.load(DELTA + row_at + rows, mask=rows < q_len, other=0.0)
+                x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
+                x = tl.where(visible(keys, lo, hi) & allowed[None, :], x, float("-inf"))
+                ds, p, _ = score_gradient(
+                    x, v, do, delta, m, c, h, rows, keys, bh, SEED, keep_from, keep_scale, sums, ALPHA, HAS_DROPOUT, False
+                )
+                dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * scale
+                dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+    store_rows(DK + kv_at * E, dk.to(DK.dtype.element_ty), keys, E, kv_len, E, BE)
+    store_rows(DV + kv_at * EV, dv.to(DV.dtype.element_ty), keys, EV, kv_len, EV, BEV)

@@ -1,0 +1,151 @@
+"""Forward, second pass: exact tau, O and O2 of the blocks of rows that have a list.
+
+A long list is shortened first: T rises by a Newton step over the list, columns below it drop out. A list that fits is then solved
+with its scores on chip, a longer one with a pass over it for each step; one that still holds most of the keys is left to
+``forward_dense``. The keys that some row really weighs are kept for the backward, as long as the pool has room.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adasplash_triton.kernels.evaluate import collect_marked, count_marked, whole_entries
+from adasplash_triton.kernels.lists import on_chip, output_list, shrink, solve_list
+from adasplash_triton.kernels.primitives import allocate, block_range, head_pointer, open_rows, store_result
+
+LENGTHS = ("q_len", "kv_len", "q_blocks", "pool_size", "shift", "left", "right", "mask_batch", "slopes_batch", "heads", "group",
+           "keep_from")  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def forward_lists_kernel(
+    Q, K, V, OUT, O2, M, C, TAU, SUPPORT, A, LO, HI, DIAG, SLOPES, SEED, T, MARGIN, LISTS, ENTRIES, POOL, POOL_TOP, BLOCKS,
+    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
+    mask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, pool_size, shift, left, right, scale, keep_from, keep_scale, tol,
+    ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, DENSE_PERCENT: tl.constexpr, LEAST: tl.constexpr, MAX_STEPS: tl.constexpr,
+    LOADED: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    GRAD: tl.constexpr, STATS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(0) // q_blocks
+    block = q_blocks - 1 - tl.program_id(0) % q_blocks
+    at = (bh.to(tl.int64) * q_blocks + block) * 2
+    count = tl.load(ENTRIES + at + 1)
+    kept = -1
+    base = tl.zeros((), tl.int64)
+    if count >= 0:
+        keys_ptr = head_pointer(K, bh, heads, group, k_batch, k_head)
+        values_ptr = head_pointer(V, bh, heads, group, v_batch, v_head)
+        rows, q, h, x_scale, slope, lo, hi, diag = open_rows(
+            Q, A, LO, HI, DIAG, SLOPES, bh, block, q_batch, q_head, q_stride, mask_batch, slopes_batch, heads, q_len, kv_len,
+            shift, left, right, scale, ALPHA, PER_HEAD, E, BE, BM, LOADED, HAS_ALIBI,
+        )  # fmt: skip
+        list_ = LISTS + tl.load(ENTRIES + at)
+        m = tl.zeros((BM,), tl.float32)
+        c = m
+        if count > BS:
+            row_at = bh.to(tl.int64) * q_len + rows
+            t_x = tl.load(T + row_at, mask=rows < q_len, other=0.0)
+            margin = tl.load(MARGIN + row_at, mask=rows < q_len, other=0.0)
+            m, c, count = shrink(
+                q,
+                keys_ptr,
+                list_,
+                count,
+                k_stride,
+                lo,
+                hi,
+                diag,
+                t_x,
+                margin,
+                h,
+                x_scale,
+                slope,
+                ALPHA,
+                E,
+                BE,
+                BM,
+                BK,
+                HAS_ALIBI,
+            )
+            low, _, _, end = block_range(lo, hi, 1)
+            if count > tl.maximum((end - low) // 100 * DENSE_PERCENT, LEAST):
+                tl.store(ENTRIES + at + 1, -1)
+                count = -1
+        if count >= 0:
+            if count <= BS:
+                o, o2, sum_p, sum_u, support, m, c = on_chip(
+                    q, keys_ptr, values_ptr, list_, count, k_stride, v_stride, lo, hi, diag, h, x_scale, slope, tol, MAX_STEPS,
+                    rows, bh, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BS, HAS_ALIBI, HAS_DROPOUT, GRAD,
+                )  # fmt: skip
+            else:
+                first, last = whole_entries(list_, count, lo, hi, BK)
+                c = solve_list(
+                    q,
+                    keys_ptr,
+                    list_,
+                    count,
+                    first,
+                    last,
+                    k_stride,
+                    lo,
+                    hi,
+                    diag,
+                    m,
+                    c,
+                    h,
+                    x_scale,
+                    slope,
+                    tol,
+                    MAX_STEPS,
+                    ALPHA,
+                    E,
+                    BE,
+                    BM,
+                    BK,
+                    HAS_ALIBI,
+                )
+                o, o2, sum_p, sum_u, support = output_list(
+                    q, keys_ptr, values_ptr, list_, count, first, last, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope,
+                    rows, bh, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BK, HAS_ALIBI, HAS_DROPOUT, GRAD,
+                )  # fmt: skip
+            store_result(
+                OUT,
+                O2,
+                M,
+                C,
+                TAU,
+                SUPPORT,
+                q,
+                o,
+                o2,
+                sum_p,
+                sum_u,
+                support,
+                m,
+                c,
+                h,
+                lo,
+                hi,
+                rows,
+                bh,
+                q_len,
+                ALPHA,
+                EV,
+                BEV,
+                GRAD,
+                STATS,
+            )
+            if KEEP:
+                tl.debug_barrier()
+                kept = count_marked(list_, count, 1024)
+                base = allocate(POOL_TOP, kept, pool_size)
+                if base < 0:
+                    base = tl.zeros((), tl.int64)
+                    kept = -1
+                else:
+                    collect_marked(list_, count, POOL + base, 1024)
+    if KEEP:
+        tl.store(BLOCKS + at, base.to(tl.int32))
+        tl.store(BLOCKS + at + 1, kept)

@@ -1,0 +1,187 @@
+"""Exact entmax of a block of rows over a list of keys that holds all of their supports.
+
+``shrink``   raises the threshold by one Newton step over the list and drops the columns below it.
+``on_chip``  for short lists: the score tile stays in registers, so K is gathered once and V once.
+``solve_list`` and ``output_list``: for longer ones, a pass over the list for each Newton step and one for the output.
+
+Both of the last two mark the keys that at least one row really weighs, which are what the backward walks.
+"""
+
+import triton
+import triton.language as tl
+
+from adasplash_triton.kernels.columns import any_not_negative, over_threshold, raw_threshold
+from adasplash_triton.kernels.evaluate import (
+    collect_marked,
+    evaluate_list,
+    listed_keys,
+    mark_listed,
+    mask_listed,
+    solve_tile,
+    whole_entries,
+)
+from adasplash_triton.kernels.primitives import dropout_factor, first_c, load_rows, newton_step, scores, threshold, weights
+
+
+@triton.jit
+def shrink(
+    q, K, LIST, count, k_stride, lo, hi, diag, t_x, margin, h, x_scale, slope,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """(m, c, count): the exact row max, a c no larger than before and no smaller than the solution, and the shortened list."""
+    zero = tl.zeros((BM,), tl.float32)
+    first, last = whole_entries(LIST, count, lo, hi, BK)
+    if ALPHA < 15:
+        _, _, m = evaluate_list(
+            q,
+            K,
+            LIST,
+            count,
+            first,
+            last,
+            k_stride,
+            lo,
+            hi,
+            diag,
+            zero,
+            zero,
+            h,
+            x_scale,
+            slope,
+            ALPHA,
+            E,
+            BE,
+            BM,
+            BK,
+            HAS_ALIBI,
+        )
+        m = tl.where(m == float("-inf"), 0.0, m)
+        c = first_c(h, m, ALPHA)
+    else:
+        # Measured from the bound itself (m := t_x, c := 0) the sums are those at tau = t_x, whatever the max turns out to be.
+        f, s, m = evaluate_list(
+            q,
+            K,
+            LIST,
+            count,
+            first,
+            last,
+            k_stride,
+            lo,
+            hi,
+            diag,
+            t_x,
+            zero,
+            h,
+            x_scale,
+            slope,
+            ALPHA,
+            E,
+            BE,
+            BM,
+            BK,
+            HAS_ALIBI,
+        )
+        m = tl.where(m == float("-inf"), 0.0, m)
+        risen = t_x - newton_step(zero, f, s, h, ALPHA)
+        c = tl.minimum(first_c(h, m, ALPHA), m - tl.where((f > 1.0) & (f < float("inf")), risen, t_x) + margin)
+    q_t, t_raw, bias = raw_threshold(q, threshold(m, c, h, ALPHA) - margin, lo, hi, x_scale, slope)
+    ahead = listed_keys(LIST, 0, count, BK)
+    for j in range(0, count, BK):
+        keys = ahead
+        ahead = listed_keys(LIST, j + BK, count, BK)
+        k = load_rows(K, keys, k_stride, 0, E, BE, False)
+        over = over_threshold(k, q_t, keys, diag, t_raw, bias, HAS_ALIBI)
+        if (j < first) | (j + BK > last):
+            again = listed_keys(LIST, j, count, BK)
+            seen = (again[:, None] >= lo[None, :]) & (again[:, None] < hi[None, :])
+            over = tl.where(seen, over, -1.0)
+        mark_listed(LIST, keys, tl.reshape(any_not_negative(over, BK, 1, BM), (BK,)) != 0, j, count, BK)
+    tl.debug_barrier()
+    return m, c, collect_marked(LIST, count, LIST, 1024)
+
+
+@triton.jit
+def solve_list(
+    q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, tol, max_steps,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """c to a residual |sum p - 1| of at most ``tol``, after which one more step is taken."""
+    steps = 0
+    residual = 1.0
+    while (residual > tol) & (steps < max_steps):
+        f, s, _ = evaluate_list(
+            q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, ALPHA, E, BE, BM, BK, HAS_ALIBI
+        )
+        c = newton_step(c, f, s, h, ALPHA)
+        residual = tl.max(tl.where((s > 0.0) & (lo < hi), tl.abs(f - 1.0), 0.0), 0)
+        steps += 1
+    return c
+
+
+@triton.jit
+def output_list(
+    q, K, V, LIST, count, first, last, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope,
+    rows, head, SEED, keep_from, keep_scale,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
+    """(O sum p, O2 sum u, sum p, sum u, support). Marks the entries that some row weighs."""
+    o = tl.zeros((BM, BEV), tl.float32)
+    o2 = tl.zeros((BM, BEV), tl.float32)
+    sum_p = tl.zeros((BM,), tl.float32)
+    sum_u = tl.zeros((BM,), tl.float32)
+    support = tl.zeros((BM,), tl.int32)
+    ahead = listed_keys(LIST, 0, count, BK)
+    for j in range(0, count, BK):
+        keys = ahead
+        ahead = listed_keys(LIST, j + BK, count, BK)
+        k = load_rows(K, keys, k_stride, 0, E, BE, False)
+        v = load_rows(V, keys, v_stride, 0, EV, BEV, False)
+        x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
+        x = mask_listed(x, LIST, j, count, first, last, lo, hi, BK)
+        p, u = weights(x, m, c, h, ALPHA)
+        sum_p += tl.sum(p, 1)
+        sum_u += tl.sum(u, 1)
+        support += tl.sum((p > 0.0).to(tl.int32), 1)
+        if GRAD:
+            mark_listed(LIST, keys, tl.max((u != 0.0).to(tl.int32), 0) != 0, j, count, BK)
+        if HAS_DROPOUT:
+            keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], keys[None, :], head)
+            p = p * keep
+            u = u * keep
+        o += tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        if GRAD:
+            o2 += tl.dot(u.to(v.dtype), v, input_precision="ieee")
+    return o, o2, sum_p, sum_u, support
+
+
+@triton.jit
+def on_chip(
+    q, K, V, LIST, count, k_stride, v_stride, lo, hi, diag, h, x_scale, slope, tol, max_steps, rows, head, SEED, keep_from, keep_scale,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
+    """(O sum p, O2 sum u, sum p, sum u, support, m, c) of a list of at most BS keys. Marks the entries that some row weighs."""
+    keys = listed_keys(LIST, 0, count, BS)
+    k = load_rows(K, keys, k_stride, 0, E, BE, False)
+    x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
+    x = mask_listed(x, LIST, 0, count, 1, 0, lo, hi, BS)
+    m, c = solve_tile(x, h, tol, max_steps, ALPHA)
+    v = load_rows(V, keys, v_stride, 0, EV, BEV, False)
+    p, u = weights(x, m, c, h, ALPHA)
+    sum_p = tl.sum(p, 1)
+    sum_u = tl.sum(u, 1)
+    support = tl.sum((p > 0.0).to(tl.int32), 1)
+    if GRAD:
+        mark_listed(LIST, keys, tl.max((u != 0.0).to(tl.int32), 0) != 0, 0, count, BS)
+    if HAS_DROPOUT:
+        keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], keys[None, :], head)
+        p = p * keep
+        u = u * keep
+    o = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    if GRAD:
+        o2 = tl.dot(u.to(v.dtype), v, input_precision="ieee")
+    else:
+        o2 = tl.zeros((BM, BEV), tl.float32)
+    return o, o2, sum_p, sum_u, support, m, c

@@ -1,0 +1,83 @@
+"""Exact entmax of a block of rows over all keys of its range: for rows that are not sparse.
+
+``solve_range`` takes a pass over the keys for each Newton step, ``output_range`` one for the output.
+"""
+
+import triton
+import triton.language as tl
+
+from adasplash_triton.kernels.evaluate import evaluate_range, range_scores
+from adasplash_triton.kernels.primitives import dropout_factor, edge_tile, edge_tiles, load_tile, newton_step, weights
+
+
+@triton.jit
+def solve_range(
+    q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, tol, max_steps,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+):  # fmt: skip
+    """c to a residual |sum p - 1| of at most ``tol``, after which one more step is taken; m must be the exact row max."""
+    steps = 0
+    residual = 1.0
+    while (residual > tol) & (steps < max_steps):
+        f, s, _ = evaluate_range(
+            q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, 1,
+            ALPHA, E, BE, BM, BN, HAS_KEYMASK, HAS_ALIBI, True, True,
+        )  # fmt: skip
+        live = (s > 0.0) & (lo < hi)
+        c = tl.where(live, newton_step(c, f, s, h, ALPHA), c)
+        residual = tl.max(tl.where(live, tl.abs(f - 1.0), 0.0), 0)
+        steps += 1
+    return c
+
+
+@triton.jit
+def output_range_tile(
+    q, K, V, KEYMASK, n, k_stride, v_stride, low, end, lo, hi, diag, m, c, h, x_scale, slope,
+    o, o2, sum_p, sum_u, support, rows, head, SEED, keep_from, keep_scale,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BN: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    x = range_scores(
+        q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN, HAS_KEYMASK, HAS_ALIBI, EDGE
+    )
+    v = load_tile(V, n, v_stride, low, end, EV, BEV, BN, EDGE)
+    p, u = weights(x, m, c, h, ALPHA)
+    sum_p += tl.sum(p, 1)
+    sum_u += tl.sum(u, 1)
+    support += tl.sum((p > 0.0).to(tl.int32), 1)
+    if HAS_DROPOUT:
+        keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], (n + tl.arange(0, BN))[None, :], head)
+        p = p * keep
+        u = u * keep
+    o += tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    if GRAD:
+        o2 += tl.dot(u.to(v.dtype), v, input_precision="ieee")
+    return o, o2, sum_p, sum_u, support
+
+
+@triton.jit
+def output_range(
+    q, K, V, KEYMASK, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end,
+    rows, head, SEED, keep_from, keep_scale,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
+    """(O sum p, O2 sum u, sum p, sum u, support)."""
+    o = tl.zeros((BM, BEV), tl.float32)
+    o2 = tl.zeros((BM, BEV), tl.float32)
+    sum_p = tl.zeros((BM,), tl.float32)
+    sum_u = tl.zeros((BM,), tl.float32)
+    support = tl.zeros((BM,), tl.int32)
+    for t in range(edge_tiles(low, mid_start, mid_end, end, BN)):
+        n = edge_tile(t, low, mid_start, mid_end, BN)
+        o, o2, sum_p, sum_u, support = output_range_tile(
+            q, K, V, KEYMASK, n, k_stride, v_stride, low, end, lo, hi, diag, m, c, h, x_scale, slope, o, o2, sum_p, sum_u, support,
+            rows, head, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BN, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, GRAD, True,
+        )  # fmt: skip
+    for n in range(mid_start, mid_end, BN):
+        o, o2, sum_p, sum_u, support = output_range_tile(
+            q, K, V, KEYMASK, n, k_stride, v_stride, low, end, lo, hi, diag, m, c, h, x_scale, slope, o, o2, sum_p, sum_u, support,
+            rows, head, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BN, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, GRAD, False,
+        )  # fmt: skip
+    return o, o2, sum_p, sum_u, support

@@ -1,0 +1,8 @@
+"""These tests need kernels that were defined under Triton's interpreter: ``tests/triton_backend/test_interpreted.py`` runs them in a
+process of its own."""
+
+from __future__ import annotations
+
+import os
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]

@@ -1,0 +1,67 @@
+"""Kernels compile for GPUs that are not here, within the shared memory that those have."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from adasplash_core.call import make_call
+from adasplash_core.device import DeviceInfo
+from adasplash_triton import aot
+from adasplash_triton.backend import TritonBackend
+from tests.triton_backend.test_plans import binary_of
+
+BACKEND = TritonBackend()
+MOST_STACK = 1536
+"""Bytes a thread: the dense pass is held to 128 registers so that four programs share a multiprocessor, and parks what its inner loop
+does not use."""
+
+
+def launches(
+    target: str, *, dtype: torch.dtype = torch.bfloat16, dim: int = 64, length: int = 1024, **arguments: object
+) -> list[aot.Launch]:
+    query, key, value = (torch.zeros(1, 2, length, dim, dtype=dtype) for _ in range(3))
+    call = make_call(query, key, value, **arguments)  # type: ignore[arg-type]
+    major, minor = divmod(int(target[3:]), 10) if target.startswith("sm_") else (9, 4)
+    device = DeviceInfo("cuda", target, capability=(major, minor), multiprocessors=100, shared_memory=aot.SHARED_MEMORY[target])
+    forward, backward = (
+        dataclasses.replace(call, config=BACKEND.default_config(call.spec, device, pass_)) for pass_ in ("forward", "backward")
+    )
+    return aot.launches_of(forward, backward)
+
+
+def check(target: str, recorded: list[aot.Launch], most_stack: int | None = MOST_STACK) -> None:
+    for launch in recorded:
+        resources = aot.compile_launch(launch, target)
+        assert resources.shared <= aot.SHARED_MEMORY[target], resources
+        assert most_stack is None or resources.stack <= most_stack, resources
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_causal_bfloat16(target: str) -> None:
+    recorded = launches(target, is_causal=True)
+    names = {launch.kernel.__name__ for launch in recorded}
+    forward = {"key_max_kernel", "forward_select_kernel", "forward_lists_kernel", "forward_dense_kernel"}
+    assert names == forward | {"backward_rows_kernel", "backward_keys_kernel"}
+    check(target, recorded)
+
+
+def test_short_sequences() -> None:
+    check("sm_90", launches("sm_90", length=512)[:1])
+
+
+def test_wide_heads_on_a_small_gpu() -> None:
+    check("sm_86", launches("sm_86", dim=256), most_stack=None)
+
+
+def test_float32_on_a_small_gpu() -> None:
+    check("sm_86", launches("sm_86", dim=128, dtype=torch.float32), most_stack=None)
+
+
+def test_a_new_length_needs_no_new_kernel() -> None:
+    """Neither compile-time constants nor what Triton specialises on may follow the length (if strides stay multiples of 16)."""
+    short, long = launches("sm_90", length=1024), launches("sm_90", length=3072)
+    for one, other in zip(short, long, strict=True):
+        assert binary_of(one.kernel, one.arguments, one.options) == binary_of(other.kernel, other.arguments, other.options)
