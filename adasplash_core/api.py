@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from adasplash_core import boundary, debug, plugins
+from adasplash_core.alpha import FLOAT_DTYPES, check_dtype_and_device, from_number
 from adasplash_core.backend import AttentionCall, KernelConfig
-from adasplash_core.call import FLOAT_DTYPES, Arguments, _alpha_constant, check_alpha_number, spec_from_fields, validate
+from adasplash_core.call import Arguments, spec_from_fields, validate
 from adasplash_core.device import device_info
 from adasplash_core.dispatch import Explanation, explain_spec
 from adasplash_core.dropout import draw_seed
@@ -236,16 +237,10 @@ def entmax(x: torch.Tensor, alpha: float | torch.Tensor = 1.5, dim: int = -1, *,
     if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()  # as softmax under autocast
     moved = x.movedim(dim, -1)
-    alpha_class = "any"
     if isinstance(alpha, torch.Tensor):
-        alpha_tensor = _transform_alpha(alpha, x, dim)
+        alpha_tensor, alpha_class = _transform_alpha(alpha, x, dim), "any"
     else:
-        check_alpha_number(alpha)
-        if torch.compiler.is_compiling():
-            alpha_tensor = torch.zeros((), dtype=torch.float64, device=x.device) + alpha
-        else:
-            alpha_tensor = _alpha_constant(float(alpha), x.device)
-            alpha_class = {1.0: "1", 1.5: "1.5", 2.0: "2"}.get(float(alpha), "other")
+        alpha_tensor, alpha_class = from_number(alpha, x.device)
     name = _transform_backend(x.device, str(x.dtype).removeprefix("torch."), backend)
     p: torch.Tensor = torch.ops.adasplash.entmax_forward(moved, alpha_tensor, name, alpha_class)
     return p.movedim(-1, dim)
@@ -262,10 +257,7 @@ def sparsemax(x: torch.Tensor, dim: int = -1, *, backend: str = "auto") -> torch
 
 
 def _transform_alpha(alpha: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
-    if alpha.dtype not in FLOAT_DTYPES:
-        raise ArgumentTypeError("alpha must be a number or a floating point tensor.", seen=str(alpha.dtype))
-    if alpha.device != x.device:
-        raise ArgumentError("alpha must be on x's device.", seen=f"{alpha.device} and {x.device}", hint="alpha.to(x.device)")
+    check_dtype_and_device(alpha, x.device)
     if alpha.ndim == 0:
         return alpha
     wanted = list(x.shape)

@@ -8,18 +8,17 @@ tracing, so it branches on lengths only where the result would differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import index
 from typing import Any, NoReturn, cast
 
 import torch
 
+from adasplash_core.alpha import FLOAT_DTYPES, check_dtype_and_device, from_number
 from adasplash_core.backend import AttentionCall, KernelConfig
 from adasplash_core.errors import ArgumentError, ArgumentTypeError
 from adasplash_core.spec import Alignment, AlphaClass, AttentionSpec, MaskKind
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES}
 
@@ -443,50 +442,12 @@ def _window(window: object) -> tuple[int, int]:
 
 
 def _alpha(alpha: float | torch.Tensor, heads: int, device: torch.device) -> tuple[torch.Tensor, AlphaClass]:
-    if isinstance(alpha, torch.Tensor):
-        if alpha.dtype not in FLOAT_DTYPES:
-            raise ArgumentTypeError("alpha must be a number or a floating point tensor.", seen=str(alpha.dtype))
-        if alpha.ndim > 1 or (alpha.ndim == 1 and alpha.shape[0] != heads):
-            raise ArgumentError(
-                f"A tensor alpha must have shape () or (heads,) = ({heads},).", seen=f"shape {tuple(alpha.shape)}"
-            )
-        _same_device("alpha", alpha, device)
-        return alpha, "any"
-    check_alpha_number(alpha)
-    if torch.compiler.is_compiling():
-        # Comparing it with 1.5, or torch.tensor(alpha), would compile once a value.
-        return torch.zeros((), dtype=torch.float64, device=device) + alpha, "any"
-    return _alpha_constant(float(alpha), device), _ALPHA_CLASSES.get(float(alpha), "other")
-
-
-def check_alpha_number(alpha: object) -> None:
-    """Raise unless ``alpha`` is a number in [1, 2]; NaN is not."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float, torch.SymFloat, torch.SymInt)):
-        raise ArgumentTypeError("alpha must be a number or a floating point tensor.", seen=repr(alpha))
-    if not 1 <= alpha <= 2:
-        raise ArgumentError(
-            "alpha must be at least 1 (softmax) and at most 2 (sparsemax).",
-            seen=f"alpha={alpha}",
-            hint="1.5 is the usual choice",
-        )
-
-
-_ALPHA_CLASSES: Mapping[float, AlphaClass] = {1.0: "1", 1.5: "1.5", 2.0: "2"}
-_alpha_constants: dict[tuple[float, torch.device], torch.Tensor] = {}
-
-
-def _alpha_constant(alpha: float, device: torch.device) -> torch.Tensor:
-    """A number as a 0-d float64 tensor (float32 would lose half the digits of alpha - 1 near 1), kept to save a launch a call."""
-    if (known := _alpha_constants.get((alpha, device))) is not None:
-        return known
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        constant = torch.full((), alpha, dtype=torch.float64, device=device)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if (
-        type(constant) is torch.Tensor and not capturing and len(_alpha_constants) < 256
-    ):  # a graph's or a fake tensor must not escape
-        _alpha_constants[(alpha, device)] = constant
-    return constant
+    if not isinstance(alpha, torch.Tensor):
+        return from_number(alpha, device)
+    check_dtype_and_device(alpha, device)
+    if alpha.ndim > 1 or (alpha.ndim == 1 and alpha.shape[0] != heads):
+        raise ArgumentError(f"A tensor alpha must have shape () or (heads,) = ({heads},).", seen=f"shape {tuple(alpha.shape)}")
+    return alpha, "any"
 
 
 def _check_alibi(slopes: object, batch: int, heads: int, device: torch.device) -> None:
