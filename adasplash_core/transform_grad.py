@@ -37,17 +37,18 @@ def alpha_derivative(p: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     h = (alpha - 1).to(p.dtype)
     positive = p > 0
     log_p = torch.where(positive, torch.where(positive, p, 1).log(), 0)
-    g = log_p.square() * _phi(-h * log_p)
+    g = log_excess(log_p, h)
     u_sum = (p * torch.exp(-h * log_p)).sum(-1, keepdim=True)
     g_mean = (p * g).sum(-1, keepdim=True)
     log_mean = (p * log_p).sum(-1, keepdim=True)
     return -(p / torch.where(u_sum > 0, u_sum, 1)) * ((g - g_mean) + h * (log_p * g_mean - g * log_mean))
 
 
-def _phi(x: torch.Tensor) -> torch.Tensor:
-    """(exp(x) - 1 - x) / x^2 for x >= 0, to the last bits: its Taylor series below 1/2, where the quotient cancels."""
-    series = torch.ones_like(x)
-    for k in range(14, 2, -1):  # 1/2 (1 + x/3 (1 + x/4 (1 + ...)))
-        series = 1 + series * x / k
-    direct = (torch.expm1(x) - x) / torch.where(x > 0.5, x, 1).square()
-    return torch.where(x > 0.5, direct, 0.5 * series)
+def log_excess(log_p: torch.Tensor, h: float | torch.Tensor) -> torch.Tensor:
+    """g above, from ln p: with y = -h ln p >= 0, ln(p)^2 (exp(y) - 1 - y) / y^2, to the last bits down to h = 0."""
+    y = -h * log_p
+    series = torch.ones_like(y)
+    for k in range(14, 2, -1):  # 1 + y/3 (1 + y/4 (1 + ...)): below 1/2 the quotient cancels
+        series = 1 + series * y / k
+    direct = (torch.expm1(y) - y) / torch.where(y > 0.5, y, 1).square()
+    return log_p.square() * torch.where(y > 0.5, direct, 0.5 * series)

@@ -4,7 +4,7 @@ With u = p^(2-alpha), D the dropout factor (1 without) and dp = D * (dO V^T), fo
 
     ds = u (dp - delta),   delta_i = sum_j u_ij dp_ij / sum_j u_ij
     dQ = scale ds K,   dK = scale ds^T Q,   dV = (D p)^T dO,   d bias = ds
-    d alpha = sum_i [ delta_i sum_j p_ij w_ij - sum_j dp_ij p_ij w_ij ]        (w: solver.log_excess)
+    d alpha = sum_i [ delta_i sum_j p_ij w_ij - sum_j dp_ij p_ij w_ij ]        (w: transform_grad.log_excess)
 
 A tile holds whole rows, so delta needs nothing kept from the forward.
 """
@@ -17,11 +17,11 @@ from typing import cast
 import torch
 
 from adasplash_core.backend import AttentionCall, Gradients
+from adasplash_core.transform_grad import log_excess
 from adasplash_torch.configs import BackwardConfig
 from adasplash_torch.entries import Transposed
 from adasplash_torch.forward import dense_dropout_factor, density_limit, dropout_factor
 from adasplash_torch.parallel import for_each_block
-from adasplash_torch.solver import log_excess
 from adasplash_torch.tiles import Block, Tile, Workspace, block_groups, mask_part
 
 _DP, _SCRATCH = 2, 3  # workspace slots; 0 and 1 are the tile's scores and group maxima

@@ -316,17 +316,3 @@ def threshold(scores: torch.Tensor, alpha: float, iterations: int = 64, method: 
     solution = rule.solve(row_max - rows, iterations)
     shape = scores.shape[:-1]
     return Threshold(rule.tau(row_max, solution.peak).view(shape), solution.residual.view(shape), solution.iterations)
-
-
-def log_excess(log_p: torch.Tensor, beta: float | torch.Tensor) -> torch.Tensor:
-    """w = (exp(y) - 1 - y) / beta^2 with y = -beta ln(p) >= 0, exact to the last bits down to beta = 0, where it is ln(p)^2 / 2.
-
-    With it d p_j / d alpha = (u_j / sum u) sum(p w) - p_j w_j: Correia et al. 2019 (arXiv 1909.00015), Prop. 3, without its
-    cancellation near alpha = 1.
-    """
-    y = -beta * log_p
-    series = torch.ones_like(y)
-    for k in range(14, 2, -1):  # 1/2 + y/6 + y^2/24 + ... by Horner
-        series = series * y / k + 1
-    direct = (torch.expm1(y) - y) / torch.where(y > 0.5, y, 1.0).square()
-    return log_p.square() * torch.where(y > 0.5, direct, series / 2)

@@ -8,6 +8,7 @@ import torch
 
 from adasplash_torch.entries import find_entries
 from adasplash_torch.solver import Rule, rule_for, ties_at_infinity
+from adasplash_torch.tiles import host_reads_are_free
 
 _CHUNK = 1 << 20  # values worked on at a time
 _GROUP = 16
@@ -23,7 +24,7 @@ def transform_forward(x: torch.Tensor, alpha: torch.Tensor, alpha_class: str) ->
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     n = x.shape[-1]
-    on_host = x.device.type == "cpu"
+    on_host = host_reads_are_free(x.device)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     number = _number(alpha, alpha_class, on_host)
     rows = x.reshape(-1, n)
