@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of exactly the kernels that a call would launch, for a GPU that need not be here.
 
-The launch code runs on CPU tensors with the kernels replaced by recorders; what they were given is then compiled for the target, and
-the resources are read from the metadata (shared memory) and, on NVIDIA, from the ``cuobjdump`` that comes with Triton.
+A call on CPU tensors has a program like any other; its steps are compiled for the target, and the resources are read from the metadata
+(shared memory) and, on NVIDIA, from the ``cuobjdump`` that comes with Triton.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,14 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from adasplash_core.backend import AttentionCall
 from adasplash_triton import launch
-from adasplash_triton.runner import Pointer
+from adasplash_triton.operands import inputs_of
+from adasplash_triton.program import ALIGNMENT, Program, Table
+from adasplash_triton.runner import FUSED, Address, Pointer
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Largest shared memory of one block, in bytes."""
@@ -36,7 +36,7 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: the kernel, its arguments by name, and compile options."""
+    """A launch that a program holds: the kernel, its arguments by name (pointers to nowhere, aligned as the call's), and options."""
 
     kernel: JITFunction[Any]
     arguments: dict[str, Any]
@@ -54,29 +54,27 @@ class Resources:
     local: int = -1
 
 
-@contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Within, launches of this backend's kernels are listed instead of run."""
-    launches: list[Launch] = []
-
-    def record(kernel: JITFunction[Any], grid: object, arguments: dict[str, Any], plan: object, **options: int) -> None:
-        launches.append(Launch(kernel, {name: arguments[name] for name in kernel.arg_names}, options))
-
-    original = vars(launch)["run"]
-    setattr(launch, "run", record)  # noqa: B010
-    try:
-        yield launches
-    finally:
-        setattr(launch, "run", original)  # noqa: B010
-
-
 def launches_of(forward_call: AttentionCall, backward_call: AttentionCall | None = None) -> list[Launch]:
     """The launches of a call's forward and, if given (the same call with a backward config), its backward. Any device, any values."""
-    with recording() as launches:
-        result = launch.forward(forward_call)
-        if backward_call is not None:
-            launch.backward(backward_call, torch.empty_like(result.out), list(result.saved))
-    return launches
+    table = inputs_of(forward_call)
+    program = launch.forward_program(forward_call, table)
+    found = _launches(program, table)
+    if backward_call is not None:
+        made = {
+            x.role: torch.empty(x.shape, dtype=x.dtype) for x in program.outputs if x.role in ("OUT", "O2", "rows", "lists")
+        }
+        table = {**inputs_of(backward_call), "DO": made.pop("OUT"), **made}
+        found += _launches(launch.backward_program(backward_call, table), table)
+    return found
+
+
+def _launches(program: Program, table: Table) -> list[Launch]:
+    misaligned = {role: x.data_ptr() & 15 for role, x in table.items()}
+
+    def pointer(address: Address) -> Pointer:
+        return Pointer(ALIGNMENT + misaligned.get(address.role, 0) + address.offset, address.dtype)
+
+    return [Launch(step.kernel, step.resolved(pointer), step.options) for step in program.steps]
 
 
 def target(name: str) -> GPUTarget:
@@ -86,7 +84,7 @@ def target(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64)
 
 
-def compile_launch(recorded: Launch, target_name: str) -> Resources:
+def compiled(recorded: Launch, target_name: str) -> CompiledKernel:
     """Compile one launch; raises what Triton raises."""
     kernel, arguments = recorded.kernel, recorded.arguments
     signature: dict[str, str] = {}
@@ -95,10 +93,13 @@ def compile_launch(recorded: Launch, target_name: str) -> Resources:
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr:
+            if parameter.name == "ALPHA" and value == 2 and not target_name.startswith("sm_"):
+                value = 1  # the same maths without NVIDIA's instructions
             signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, (torch.Tensor, Pointer)):
+        elif isinstance(value, Pointer):
             signature[parameter.name] = _POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if value.data_ptr() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         elif not parameter.do_not_specialize and value == 1:
@@ -108,17 +109,22 @@ def compile_launch(recorded: Launch, target_name: str) -> Resources:
             if not parameter.do_not_specialize and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = dict(recorded.options)
+    options: dict[str, Any] = recorded.options | FUSED
     if not target_name.startswith("sm_"):
         options.pop("maxnreg", None)  # NVIDIA's assembler alone takes it
-    compiled = triton.compile(source, target=target(target_name), options=options)
-    shared = int(compiled.metadata.shared)
-    if "cubin" not in compiled.asm:
-        return Resources(kernel.__name__, shared)
-    return _cuda_resources(kernel.__name__, shared, compiled.asm["cubin"])
+    return triton.compile(source, target=target(target_name), options=options)
 
 
-def _cuda_resources(name: str, shared: int, cubin: bytes) -> Resources:
+def compile_launch(recorded: Launch, target_name: str) -> Resources:
+    """Compile one launch and say what it needs; raises what Triton raises."""
+    found, name = compiled(recorded, target_name), recorded.kernel.__name__
+    shared = int(found.metadata.shared)
+    if "cubin" not in found.asm:
+        return Resources(name, shared)
+    return cuda_resources(name, shared, found.asm["cubin"])
+
+
+def cuda_resources(name: str, shared: int, cubin: bytes) -> Resources:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

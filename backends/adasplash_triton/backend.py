@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from adasplash_core.backend import (
     AttentionBackend,
     AttentionCall,
+    CompileReport,
     ForwardResult,
     Gradients,
     HeadDims,
@@ -22,6 +23,7 @@ from adasplash_core.backend import (
 from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import FEATURES, AttentionSpec, Pass
 from adasplash_triton import configs
+from adasplash_triton.transform import EntmaxTransform
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
-class TritonBackend(AttentionBackend):
+class TritonBackend(EntmaxTransform, AttentionBackend):
     """Exact entmax attention that visits only the keys a block of queries can weigh; see :mod:`adasplash_triton.kernels`."""
 
     name: ClassVar[str] = "triton"
@@ -67,7 +69,7 @@ class TritonBackend(AttentionBackend):
         assert spec.kv_len is not None
         sizes = (spec.batch, spec.heads, spec.kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v)
         shapes = saved_shapes(sizes, _ITEMSIZE[spec.dtype], not spec.deterministic)
-        dtypes = (spec.dtype, "float32", "float32", "int32", "int32")
+        dtypes = (spec.dtype, "float32", "int32")
         return [SavedTensor(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
     def forward(self, call: AttentionCall) -> ForwardResult:
@@ -90,6 +92,11 @@ class TritonBackend(AttentionBackend):
 
     def tuning_space(self, spec: AttentionSpec, device: DeviceInfo, pass_: Pass) -> Iterable[KernelConfig]:
         return configs.forward_space(spec, device) if pass_ == "forward" else configs.backward_space(spec, device)
+
+    def precompile(self, spec: AttentionSpec, device: DeviceInfo, pass_: Pass, config: KernelConfig) -> CompileReport | None:
+        from adasplash_triton import precompile
+
+        return precompile.precompile(spec, device, pass_, config)
 
     def toolchain(self) -> str:
         import torch

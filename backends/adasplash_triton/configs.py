@@ -17,17 +17,18 @@ LIST_ROWS = 64
 class ForwardConfig(KernelConfig):
     """Block sizes (keys a tile unless said), warps and stages of each pass, and when a list of keys is worth having."""
 
-    select_blocks: int = 1  # blocks of LIST_ROWS rows per program of the dense pass
-    select_keys: int = 128
+    select_blocks: int = 2  # blocks of LIST_ROWS rows per program of the dense pass
+    select_keys: int = 64
     select_warps: int = 4
     select_stages: int = 3
-    select_registers: int = 168  # most registers a thread; 0: as many as the compiler wants
-    sample: int = 8  # the sampled pass reads every so many tiles
+    select_registers: int = 0  # most registers a thread; 0: as many as the compiler wants
+    sample: int = 16  # the sampled pass reads every so many tiles
     sample_steps: int = 12  # most Newton steps over the sample, at least 1
-    sample_worth: float = 1.5  # another step is taken while the rows' mean of sum p over the sample exceeds this
+    sample_worth: float = 2.5  # another step is taken while the rows' mean of sum p over the sample exceeds this
     list_percent: int = 85  # longer lists, in per cent of the range, are not made ...
     dense_percent: int = 50  # ... and not used once they have shrunk
     least_list: int = 1024  # lists up to this length always are
+    sweeps: int = 2  # most passes that shorten a list before it is solved
     list_keys: int = 64
     list_keys_on_chip: int = 128  # longest list whose scores stay on chip
     list_warps: int = 4
@@ -73,7 +74,11 @@ def fits(spec: AttentionSpec, device: DeviceInfo) -> bool:
 
 def _bytes_per_row(spec: AttentionSpec) -> int:
     """Shared memory of one row of the wider of K and V, padded to a power of two."""
-    return _padded(max(spec.head_dim, spec.head_dim_v)) * (4 if spec.dtype == "float32" else 2)
+    return _padded(max(spec.head_dim, spec.head_dim_v)) * _itemsize(spec)
+
+
+def _itemsize(spec: AttentionSpec) -> int:
+    return 4 if spec.dtype == "float32" else 2
 
 
 def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
@@ -81,21 +86,26 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
     row = _bytes_per_row(spec)
     if row <= 128:
         config = ForwardConfig()
-        if (spec.q_len or 0) >= 16384:  # enough blocks to fill the GPU two at a time
-            config = replace(config, select_blocks=2, select_warps=8, select_registers=128, list_registers=168)
+        if (spec.q_len or 0) >= 16384:  # enough blocks to fill the GPU three at a time
+            config = replace(config, list_registers=168)
     elif row <= 256:
-        config = ForwardConfig(select_registers=0, list_keys_on_chip=64)
+        config = ForwardConfig(list_keys_on_chip=64)
     elif row <= 512:
         config = ForwardConfig(
-            select_keys=64, select_warps=8, select_stages=2, select_registers=0,
+            select_blocks=1, select_keys=64, select_warps=8, select_stages=2,
             list_keys=32, list_keys_on_chip=32, list_warps=8, list_stages=1,
             dense_keys=32, dense_warps=8, dense_stages=1,
         )  # fmt: skip
     else:
         config = ForwardConfig(
-            select_keys=32, select_warps=8, select_stages=1, select_registers=0, list_keys=16, list_keys_on_chip=16, list_warps=8,
-            list_stages=1, dense_keys=16, dense_warps=8, dense_stages=1,
+            select_blocks=1, select_keys=32, select_warps=8, select_stages=1,
+            list_keys=16, list_keys_on_chip=16, list_warps=8, list_stages=1,
+            dense_keys=16, dense_warps=8, dense_stages=1,
         )  # fmt: skip
+    if device.capability is not None and device.capability < (9, 0) and config.select_blocks > 1:
+        config = replace(config, select_blocks=1)  # accumulators of 64 x 128 spill with mma.sync's layout
+    if device.capability is not None and device.capability >= (10, 0):
+        config = replace(config, list_warps=8)  # fewer would park 3 KB a thread there; not measured
     if is_small(device):
         config = replace(config, select_stages=max(1, config.select_stages - 1), list_stages=1, dense_stages=1)
     return config
@@ -122,22 +132,44 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
 def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardConfig]:
     """Candidates around the default, one or two fields away."""
     base = default_forward(spec, device)
-    for keys in (base.select_keys, base.select_keys * 2):
-        for blocks in (1, 2):
-            for stages in (2, 3, 4):
-                yield replace(base, select_keys=keys, select_blocks=blocks, select_stages=stages)
-    for sample in (8, 16):
-        for worth in (1.5, 1.2, 4.0):
+    if 0 < (spec.kv_len or 0) <= short_length(spec.head_dim, spec.head_dim_v, _itemsize(spec)):
+        for rows in (16, 32, 64, 128):
+            for warps in (4, 8, 16):
+                yield replace(base, short_rows=rows, short_warps=warps)
+        return
+    for blocks, keys, warps in ((1, 64, 4), (1, 128, 4), (2, 64, 4), (2, 128, 8)):
+        for stages in (2, 3, 4):
+            for registers in (0, 168):
+                yield replace(
+                    base,
+                    select_blocks=blocks,
+                    select_keys=keys,
+                    select_warps=warps,
+                    select_stages=stages,
+                    select_registers=registers,
+                )
+    for sample in (8, 16, 32):
+        for worth in (1.5, 2.5, 4.0):
             yield replace(base, sample=sample, sample_worth=worth)
     for keys in (32, 64):
-        for percent in (50, 70, 95):
-            yield replace(base, list_keys=keys, list_percent=percent)
+        for registers in (0, 168):
+            for sweeps in (1, 2, 3):
+                yield replace(base, list_keys=keys, list_registers=registers, sweeps=sweeps)
+    for on_chip in (64, 128):
+        for stages in (2, 3):
+            yield replace(base, list_keys_on_chip=on_chip, list_stages=stages)
+    for keys in (32, 64, 128):
+        for warps in (4, 8):
+            yield replace(base, dense_keys=keys, dense_warps=warps)
 
 
 def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[BackwardConfig]:
     """Candidates around the default."""
     base = default_backward(spec, device)
-    for block_k in (32, 64, 16):
-        for stages in (1, 2):
+    for block_k in (16, 32, 64):
+        for stages in (1, 2, 3):
             for warps in (4, 8):
                 yield replace(base, block_k=block_k, num_stages=stages, num_warps=warps)
+    for block_d in (32, 64, 128):
+        for block_n in (32, 64, 128):
+            yield replace(base, block_d=block_d, block_n=block_n)

@@ -1,8 +1,19 @@
-"""Workspace, grids and order of the kernels of one call."""
+"""Forward and backward as the core calls them, and the programs behind them: workspace, grids and order of the kernels.
+
+A call first gathers the caller's tensors into a table by role and describes itself: shapes, strides, dtypes, numbers, spec and config.
+The description finds a program, or it is built here, by :func:`forward_program` or :func:`backward_program`. The program allocates
+outputs and scratch into the table and launches its steps with the table's addresses (:mod:`adasplash_triton.program`), on NVIDIA
+straight through the driver (:mod:`adasplash_triton.replay`). So what depends on sizes and features is computed once, and a call that
+was described before costs a look-up, a few allocations and the launches.
+
+Arguments go by name. A new kernel argument is an entry in ``arguments`` of the program that launches it; a new kernel is a
+:class:`Step`, its scratch ``workspace.add(...)``, a new output an :class:`Output` under a role of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -16,112 +27,166 @@ from adasplash_triton.kernels.forward_dense import forward_dense_kernel
 from adasplash_triton.kernels.forward_lists import forward_lists_kernel
 from adasplash_triton.kernels.forward_select import forward_select_kernel
 from adasplash_triton.kernels.forward_short import forward_short_kernel
-from adasplash_triton.operands import Operands, dense_rows, strides
-from adasplash_triton.runner import carve, launching, run
+from adasplash_triton.operands import address, dense_rows, describe, inputs_of, is_short, shared_arguments, strides
+from adasplash_triton.program import ALIGNMENT, Output, Program, Programs, Step, Table, Workspace
+from adasplash_triton.runner import Address
 
 SLOTS_PER_MULTIPROCESSOR = 4
 """Rows of scratch for marking keys: at least as many as programs run at a time, or some would wait."""
 SHORT_TILE = 128
 """Keys per register tile of the short forward."""
 _MOST_ENTRIES = 2**31 - 1  # positions in the pools are int32
+_PAD = ALIGNMENT // 4  # entries of 4 bytes
+
+_forwards, _backwards = Programs(), Programs()
+
+
+def forward(call: AttentionCall) -> ForwardResult:
+    """Launch the forward; the kernels' files say what each pass does."""
+    table = inputs_of(call)
+    _run(_forwards, forward_program, call, table)
+    saved = [table["O2"], table["rows"], table["lists"]] if call.spec.needs_grad else []
+    return ForwardResult(table["OUT"], saved, table.get("TAU"), table.get("SUPPORT"))
+
+
+def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.Tensor]) -> Gradients:
+    """Launch the backward: blocks of rows first (dQ, and dK, dV over lists), then blocks of keys (the rest of dK and dV)."""
+    table = inputs_of(call)
+    table["DO"] = dense_rows(grad_out)
+    table["O2"], table["rows"], table["lists"] = saved
+    _run(_backwards, backward_program, call, table)
+    d_alpha = None
+    if call.spec.alpha_requires_grad:
+        parts = table["DALPHA"]
+        d_alpha = (parts.sum() if call.alpha.ndim == 0 else parts.sum((0, 2))).to(call.alpha.dtype)
+    return Gradients(table["DQ"], table["DK"], table["DV"], d_alpha)
+
+
+def _run(programs: Programs, build: Callable[[AttentionCall, Table], Program], call: AttentionCall, table: Table) -> None:
+    key = describe(call, table)
+    program = programs.find(key)
+    if program is not None:
+        program(table, call.query.device)
+    else:
+        program = build(call, table)
+        program(table, call.query.device)
+        programs.keep(key, program)  # one whose kernels do not run is not kept
+
+
+# -- what is kept for the backward ------------------------------------------------------------------------------------------------
 
 
 def saved_shapes(spec_sizes: tuple[int, int, int, int, int, int, int], itemsize: int, lists: bool) -> list[tuple[int, ...]]:
-    """Shapes of O2, m, c, list entries per block of rows (offset, length or -1), and the pool of lists; sizes may be symbolic.
+    """Shapes of O2; m and c; and list entries per block of rows (offset, length or -1) with the pool of lists; sizes may be symbolic.
 
     The pool takes a fifth of the bytes of q, k, v and O2; blocks that find it full keep no list, and their backward walks all keys.
     """
     batch, heads, kv_heads, q_len, kv_len, head_dim, head_dim_v = spec_sizes
     pool = (batch * (heads * q_len + kv_heads * kv_len) * (head_dim + head_dim_v) * itemsize) // 20 + 1024
-    blocks = (q_len + LIST_ROWS - 1) // LIST_ROWS
-    rows = (batch, heads, q_len)
-    return [(*rows, head_dim_v), rows, rows, (batch, heads, blocks, 2) if lists else (1,), (pool,) if lists else (1,)]
+    return [
+        (batch, heads, q_len, head_dim_v),
+        (2, _padded(batch * heads * q_len)),
+        (list_entries(batch, heads, q_len) + pool,) if lists else (1,),
+    ]
 
 
-def forward(call: AttentionCall) -> ForwardResult:
-    """Launch the forward; the kernels' files say what each pass does."""
-    config = call.config
+def list_entries(batch: int, heads: int, q_len: int) -> int:
+    """How many of the entries of ``lists`` stand before the pool: (batch, heads, blocks, 2), and padding."""
+    return _padded(batch * heads * ((q_len + LIST_ROWS - 1) // LIST_ROWS) * 2)
+
+
+def _padded(entries: int) -> int:
+    return (entries + _PAD - 1) // _PAD * _PAD
+
+
+def _saved_addresses(rows: tuple[int, ...], entries: int, lists: bool) -> dict[str, Address]:
+    """M, C, BLOCKS and POOL in the tensors of :func:`saved_shapes`; without lists nobody reads the latter two."""
+    return {
+        "M": Address("rows", 0, torch.float32),
+        "C": Address("rows", 4 * rows[1], torch.float32),
+        "BLOCKS": Address("lists", 0, torch.int32),
+        "POOL": Address("lists", 4 * entries if lists else 0, torch.int32),
+    }
+
+
+# -- forward ----------------------------------------------------------------------------------------------------------------------
+
+
+def forward_program(call: AttentionCall, table: Table) -> Program:
+    """The forward of calls that are described like this one."""
+    config, spec = call.config, call.spec
     assert isinstance(config, ForwardConfig)
-    query, key, value, spec, device = call.query, call.key, call.value, call.spec, call.query.device
+    query, key, value = table["Q"], table["K"], table["V"]
     batch, heads, q_len, head_dim = query.shape
-    kv_len, head_dim_v = value.shape[2], value.shape[3]
-    out = torch.empty(batch, heads, q_len, head_dim_v, dtype=query.dtype, device=device)
-    saved: list[torch.Tensor] = []
+    kv_heads, kv_len, head_dim_v = key.shape[1], value.shape[2], value.shape[3]
+    outputs = [Output("OUT", (batch, heads, q_len, head_dim_v), query.dtype)]
+    out = Address("OUT", 0, query.dtype)
+    arguments = shared_arguments(call, table)
+    arguments.update(OUT=out, O2=out, M=out, C=out, BLOCKS=out, POOL=out, TAU=out, SUPPORT=out, pool_size=0)
     if spec.needs_grad:
-        sizes = (batch, heads, key.shape[1], q_len, kv_len, head_dim, head_dim_v)
-        shapes = saved_shapes(sizes, query.element_size(), not spec.deterministic)
-        dtypes = (query.dtype, torch.float32, torch.float32, torch.int32, torch.int32)
-        saved = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    tau = torch.empty(batch, heads, q_len, device=device) if spec.return_stats else None
-    support = torch.empty(batch, heads, q_len, dtype=torch.int32, device=device) if spec.return_stats else None
-    if out.numel() == 0 or kv_len == 0:
-        for x in (out, *saved, tau, support):
-            if x is not None:
-                x.zero_()
-        return ForwardResult(out, saved, tau, support)
-
-    operands = Operands.of(call)
-    o2, m, c, blocks, pool = saved or [out] * 5
-    operands.arguments.update(
-        OUT=out,
-        O2=o2,
-        M=m,
-        C=c,
-        BLOCKS=blocks,
-        POOL=pool,
-        TAU=out if tau is None else tau,
-        SUPPORT=out if support is None else support,
-    )
-    with launching(config, device):
-        if operands.is_short():
-            rows = min(config.short_rows, max(16, 1 << (q_len - 1).bit_length()))
-            row_blocks = -(-q_len // rows)
-            tiles = 1 << (-(-kv_len // SHORT_TILE) - 1).bit_length()
-            operands.arguments.update(q_blocks=row_blocks, BM=rows, BT=SHORT_TILE, TILES=tiles)
-            plan = (operands.plan, rows, tiles)
-            grid = row_blocks * batch * heads
-            run(forward_short_kernel, grid, operands.arguments, plan, num_warps=config.short_warps, num_stages=1)
-        else:
-            _select_solve(config, operands, out, pool)
-    return ForwardResult(out, saved, tau, support)
+        sizes = (batch, heads, kv_heads, q_len, kv_len, head_dim, head_dim_v)
+        o2, rows, lists = saved_shapes(sizes, query.element_size(), not spec.deterministic)
+        outputs += [Output("O2", o2, query.dtype), Output("rows", rows, torch.float32), Output("lists", lists, torch.int32)]
+        entries = list_entries(batch, heads, q_len)
+        arguments.update(O2=Address("O2", 0, query.dtype), **_saved_addresses(rows, entries, arguments["KEEP"]))
+        arguments["pool_size"] = min(lists[0] - entries, _MOST_ENTRIES) if arguments["KEEP"] else 0
+    if spec.return_stats:
+        outputs += [Output("TAU", query.shape[:3], torch.float32), Output("SUPPORT", query.shape[:3], torch.int32)]
+        arguments.update(TAU=Address("TAU", 0, torch.float32), SUPPORT=Address("SUPPORT", 0, torch.int32))
+    owners = (spec, config)
+    if 0 in (batch, heads, q_len, head_dim_v, kv_len):
+        return Program(config, [x._replace(zero=True) for x in outputs], [], owners)
+    if is_short(query, key, value):
+        return Program(config, outputs, [_short(config, arguments, batch * heads)], owners)
+    workspace = Workspace()
+    io_bytes = (query.numel() + key.numel() + value.numel() + batch * heads * q_len * head_dim_v) * query.element_size()
+    steps = _select_solve(config, arguments, workspace, batch, io_bytes, query.device)
+    return Program(config, [*outputs, workspace.output()], steps, owners)
 
 
-def _select_solve(config: ForwardConfig, operands: Operands, out: torch.Tensor, pool: torch.Tensor) -> None:
+def _short(config: ForwardConfig, arguments: dict[str, Any], sequences: int) -> Step:
+    """Whole rows of scores on chip, one launch."""
+    rows = min(config.short_rows, max(16, 1 << (arguments["q_len"] - 1).bit_length()))
+    row_blocks = -(-arguments["q_len"] // rows)
+    tiles = 1 << (-(-arguments["kv_len"] // SHORT_TILE) - 1).bit_length()
+    arguments.update(q_blocks=row_blocks, BM=rows, BT=SHORT_TILE, TILES=tiles)
+    options = {"num_warps": config.short_warps, "num_stages": 1}
+    return Step(forward_short_kernel, (row_blocks * sequences, 1, 1), arguments, options)
+
+
+def _select_solve(
+    config: ForwardConfig, arguments: dict[str, Any], workspace: Workspace, batch: int, io_bytes: int, device: torch.device
+) -> list[Step]:
     """Lists of keys for blocks of rows, then the rows that have one, then the others."""
-    query, key, arguments, device = operands.query, operands.key, operands.arguments, operands.query.device
-    batch, heads, q_len, _ = query.shape
-    kv_heads, kv_len = key.shape[1], key.shape[2]
+    heads, kv_heads, q_len, kv_len, q_blocks = (
+        arguments[name] for name in ("heads", "kv_heads", "q_len", "kv_len", "q_blocks")
+    )
     # Workspace in proportion to the inputs and the output: a block whose list finds the pool full is computed over all keys.
-    items = batch * heads * operands.q_blocks
-    io_bytes = (query.numel() + key.numel() + operands.value.numel() + out.numel()) * query.element_size()
+    items = batch * heads * q_blocks
     hits_stride = -(-kv_len // 1024) * 1024 + 1024
     slot_bytes = hits_stride * config.select_blocks
     slots = max(1, min(items, _multiprocessors(device) * SLOTS_PER_MULTIPROCESSOR, io_bytes // 8 // slot_bytes))
     key_block = max(16, 8192 // arguments["BE"])
     key_blocks = -(-kv_len // key_block)
     lists = min(io_bytes * 3 // 16 + 1024, _MOST_ENTRIES)
-    counters = torch.zeros(slots + 4, dtype=torch.int32, device=device)
-    tops = counters[:4].view(torch.int64)
+    # What must be 0 before the other kernels run: the pools' tops (int64), then a flag a slot. The first kernel sees to it.
+    counters = workspace.add(slots + 4, torch.int32)
     arguments.update(
-        carve(
-            device,
-            KEY_MAX=(batch * kv_heads * key_blocks, torch.float32),
-            HITS=(slots * slot_bytes, torch.int8),
-            T=(batch * heads * q_len, torch.float32),
-            MARGIN=(batch * heads * q_len, torch.float32),
-            ENTRIES=(items * 2, torch.int32),
-            LISTS=(lists, torch.int32),
-        )
-    )
-    arguments.update(
-        SLOTS=counters[4:],
-        TOP=tops[:1],
-        POOL_TOP=tops[1:],
+        COUNTERS=counters,
+        counters=slots + 4,
+        TOP=counters._replace(dtype=torch.int64),
+        POOL_TOP=counters._replace(offset=counters.offset + 8, dtype=torch.int64),
+        SLOTS=counters._replace(offset=counters.offset + 16),
+        KEY_MAX=workspace.add(batch * kv_heads * key_blocks, torch.float32),
+        HITS=workspace.add(slots * slot_bytes, torch.int8),
+        T=workspace.add(batch * heads * q_len, torch.float32),
+        MARGIN=workspace.add(batch * heads * q_len, torch.float32),
+        ROW_MAX=workspace.add(batch * heads * q_len if arguments["ALPHA"] < 15 else 1, torch.float32),
+        ENTRIES=workspace.add(items * 2, torch.int32),
+        LISTS=workspace.add(lists, torch.int32),
         slots=slots,
         hits_stride=hits_stride,
         lists_size=lists,
-        pool_size=min(pool.numel(), _MOST_ENTRIES),
-        kv_heads=kv_heads,
         key_blocks=key_blocks,
         KEY_BLOCK=key_block,
         ROWS=LIST_ROWS,
@@ -131,6 +196,9 @@ def _select_solve(config: ForwardConfig, operands: Operands, out: torch.Tensor, 
         SAMPLE=config.sample,
         SAMPLE_STEPS=config.sample_steps,
         SAMPLE_WORTH=config.sample_worth,
+        SELECT_GROUPS=min(config.select_keys // 16, config.select_warps),
+        LIST_GROUPS=min(config.list_keys // 16, config.list_warps),
+        SWEEPS=config.sweeps,
         LIST_PERCENT=config.list_percent,
         DENSE_PERCENT=config.dense_percent,
         LEAST=config.least_list,
@@ -138,51 +206,57 @@ def _select_solve(config: ForwardConfig, operands: Operands, out: torch.Tensor, 
         BS=config.list_keys_on_chip,
         BD=config.dense_keys,
     )
-    run(key_max_kernel, (key_blocks, batch * kv_heads), arguments, operands.plan, num_warps=4)
-    groups = -(-operands.q_blocks // config.select_blocks)
+    groups = -(-q_blocks // config.select_blocks)
     select = {"num_warps": config.select_warps, "num_stages": config.select_stages} | _most(config.select_registers)
-    run(forward_select_kernel, batch * heads * groups, arguments, operands.plan, **select)
     solve = {"num_warps": config.list_warps, "num_stages": config.list_stages} | _most(config.list_registers)
-    run(forward_lists_kernel, items, arguments, operands.plan, **solve)
-    run(forward_dense_kernel, items, arguments, operands.plan, num_warps=config.dense_warps, num_stages=config.dense_stages)
+    dense = {"num_warps": config.dense_warps, "num_stages": config.dense_stages}
+    return [
+        Step(key_max_kernel, (key_blocks, batch * kv_heads, 1), arguments, {"num_warps": 4}),
+        Step(forward_select_kernel, (batch * heads * groups, 1, 1), arguments, select),
+        Step(forward_lists_kernel, (items, 1, 1), arguments, solve),
+        Step(forward_dense_kernel, (items, 1, 1), arguments, dense),
+    ]
 
 
-def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.Tensor]) -> Gradients:
-    """Launch the backward: blocks of rows first (dQ, and dK, dV over lists), then blocks of keys (the rest of dK and dV)."""
-    config = call.config
+# -- backward ---------------------------------------------------------------------------------------------------------------------
+
+
+def backward_program(call: AttentionCall, table: Table) -> Program:
+    """The backward of calls that are described like this one."""
+    config, spec = call.config, call.spec
     assert isinstance(config, BackwardConfig)
-    query, key, value, spec, device = call.query, call.key, call.value, call.spec, call.query.device
+    query, key, value, grad_out = table["Q"], table["K"], table["V"], table["DO"]
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len, head_dim_v = key.shape[1], value.shape[2], value.shape[3]
-    d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value))
-    if 0 in (d_query.numel(), d_key.numel(), d_value.numel()):
-        d_alpha = torch.zeros_like(call.alpha) if spec.alpha_requires_grad else None
-        return Gradients(d_query.zero_(), d_key.zero_(), d_value.zero_(), d_alpha)
+    arguments, workspace = shared_arguments(call, table), Workspace()
+    q_blocks = arguments["q_blocks"]
+    outputs = [Output(role, tuple(x.shape), x.dtype) for role, x in (("DQ", query), ("DK", key), ("DV", value))]
+    delta = workspace.add(batch * heads * q_len, torch.float32)
+    arguments.update({x.role: Address(x.role, 0, x.dtype) for x in outputs}, DELTA=delta, DALPHA=delta)
+    if spec.alpha_requires_grad:
+        outputs.append(Output("DALPHA", (batch, heads, q_blocks), torch.float32))
+        arguments["DALPHA"] = Address("DALPHA", 0, torch.float32)
+    owners = (spec, config)
+    if 0 in (batch, heads, q_len, kv_heads, kv_len, head_dim, head_dim_v):
+        return Program(config, [x._replace(zero=True) for x in outputs], [], owners)
 
-    grad_out = dense_rows(grad_out)
-    operands = Operands.of(call, grad_out, *saved)
-    o2, m, c, blocks, pool = saved
-    lists = not (spec.deterministic or operands.is_short())
-    dk_sum = dv_sum = d_key
+    lists = not (spec.deterministic or is_short(query, key, value))
+    dk_sum = dv_sum = arguments["DK"]
     if lists:
-        sums = torch.zeros(batch * kv_heads * kv_len * (head_dim + head_dim_v), device=device)
-        dk_sum, dv_sum = sums[: d_key.numel()], sums[d_key.numel() :]
-    delta = torch.empty(batch, heads, q_len, device=device)
-    parts = torch.empty(batch, heads, operands.q_blocks, device=device) if spec.alpha_requires_grad else delta
-    arguments = operands.arguments
+        keys = batch * kv_heads * kv_len
+        outputs.append(Output("sums", (keys * (head_dim + head_dim_v),), torch.float32, zero=True))
+        dk_sum, dv_sum = Address("sums", 0, torch.float32), Address("sums", keys * head_dim * 4, torch.float32)
     arguments.update(
-        DO=grad_out, O2=o2, M=m, C=c, BLOCKS=blocks, POOL=pool, DELTA=delta, DALPHA=parts, DQ=d_query, DK=d_key, DV=d_value,
-        DK_SUM=dk_sum, DV_SUM=dv_sum, LISTS=lists, BK=config.block_k, BD=config.block_d, BN=config.block_n, **strides("do", grad_out),
+        DO=address(table, "DO"), O2=address(table, "O2"), DK_SUM=dk_sum, DV_SUM=dv_sum,
+        **_saved_addresses(table["rows"].shape, list_entries(batch, heads, q_len), not spec.deterministic),
+        LISTS=lists, BK=config.block_k, BD=config.block_d, BN=config.block_n, **strides("do", grad_out),
     )  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    plan = (operands.plan, lists)
-    with launching(config, device):
-        run(backward_rows_kernel, batch * heads * operands.q_blocks, arguments, plan, **options)
-        run(backward_keys_kernel, (-(-kv_len // config.block_n), batch * kv_heads), arguments, plan, **options)
-    d_alpha = None
-    if spec.alpha_requires_grad:
-        d_alpha = (parts.sum() if call.alpha.ndim == 0 else parts.sum((0, 2))).to(call.alpha.dtype)
-    return Gradients(d_query, d_key, d_value, d_alpha)
+    steps = [
+        Step(backward_rows_kernel, (batch * heads * q_blocks, 1, 1), arguments, options),
+        Step(backward_keys_kernel, (-(-kv_len // config.block_n), batch * kv_heads, 1), arguments, options),
+    ]
+    return Program(config, [*outputs, workspace.output()], steps, owners)
 
 
 def _most(registers: int) -> dict[str, int]:

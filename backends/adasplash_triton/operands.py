@@ -1,8 +1,7 @@
-"""From an :class:`~adasplash_core.backend.AttentionCall` to the arguments that all kernels share."""
+"""From an :class:`~adasplash_core.backend.AttentionCall` to the caller's tensors by role and the arguments that all kernels share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,129 +10,113 @@ from adasplash_core.backend import AttentionCall
 from adasplash_core.dropout import threshold
 from adasplash_core.masking import row_intervals
 from adasplash_triton.configs import LIST_ROWS, short_length
-from adasplash_triton.runner import plan, speciality
+from adasplash_triton.program import Table
+from adasplash_triton.runner import INTERPRETED, Address
 
 OPEN = 1 << 30  # a window's open side; the kernels' positions are int32
 MAX_STEPS = 40
 """Newton's steps converge quadratically: 12 were the most seen. The bound only ends loops whose rows hold NaN."""
-_CONSTANTS = (
-    "ALPHA",
-    "PER_HEAD",
-    "E",
-    "EV",
-    "LOADED",
-    "HAS_KEYMASK",
-    "HAS_ALIBI",
-    "HAS_DROPOUT",
-    "GRAD",
-    "STATS",
-    "ALPHA_GRAD",
-    "KEEP",
-)
+CACHE_BYTES = 32 * 2**20
+"""K and V up to this size stay in the L2 cache of data-centre GPUs (40 to 60 MB) while all heads are worked on at a time."""
 _ALPHA_CODES = {"1.5": 15, "2": 20}
+_GENERAL_HALF = 1 if INTERPRETED or torch.version.hip else 2  # see kernels/primitives.py
 
 
-@dataclass
-class Operands:
-    """What the kernels take: tensors with a contiguous last dimension, masks as intervals, and all arguments by name."""
+def inputs_of(call: AttentionCall) -> Table:
+    """The caller's tensors by role, copied where kernels could not read them: q, k, v with a contiguous last dimension, masks as
+    intervals, everything else contiguous."""
+    table = {"Q": dense_rows(call.query), "K": dense_rows(call.key), "V": dense_rows(call.value), "A": call.alpha.contiguous()}
+    if _needs_arrays(call):
+        table["LO"], table["HI"], table["DIAG"] = (x.to(torch.int32).contiguous() for x in row_intervals(call))
+    if call.attn_mask is not None:
+        table["KEYMASK"] = call.attn_mask.contiguous()
+    if call.alibi_slopes is not None:
+        table["SLOPES"] = call.alibi_slopes.contiguous()
+    if call.dropout_seed is not None:
+        table["SEED"] = call.dropout_seed
+    return table
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    arguments: dict[str, Any]
-    plan: int  # see adasplash_triton.runner.plan
-    q_blocks: int
 
-    @classmethod
-    def of(cls, call: AttentionCall, *others: torch.Tensor) -> Operands:
-        """``others``: further tensors that the kernels read and this backend did not allocate in this call."""
-        query, key, value = (dense_rows(x) for x in (call.query, call.key, call.value))
-        _, heads, q_len, head_dim = query.shape
-        kv_len, head_dim_v = value.shape[2], value.shape[3]
-        loaded = _needs_arrays(call)
-        if loaded:
-            lo, hi, diagonal = (x.to(torch.int32).contiguous() for x in row_intervals(call))
-            mask_batch = q_len if lo.shape[0] > 1 else 0
-            shift, left, right = 0, OPEN, OPEN
-        else:
-            lo = hi = diagonal = query
-            mask_batch = 0
-            shift, left, right = _affine(call)
-        keymask, keymask_batch = query, 0
-        if call.spec.mask == "key":
-            assert call.attn_mask is not None
-            keymask = call.attn_mask.contiguous().view(torch.uint8)
-            keymask_batch = kv_len if keymask.shape[0] > 1 else 0
-        slopes, slopes_batch = query, 0
-        if call.alibi_slopes is not None:
-            slopes = call.alibi_slopes.contiguous()
-            slopes_batch = heads if slopes.ndim == 2 else 0
-        has_dropout = call.dropout_p > 0
-        q_blocks = -(-q_len // LIST_ROWS)
-        arguments: dict[str, Any] = {
-            "Q": query,
-            "K": key,
-            "V": value,
-            "A": call.alpha if call.alpha.ndim == 0 else call.alpha.contiguous(),
-            "LO": lo,
-            "HI": hi,
-            "DIAG": diagonal,
-            "KEYMASK": keymask,
-            "SLOPES": slopes,
-            "SEED": call.dropout_seed if has_dropout else query,
-            **strides("q", query),
-            **strides("k", key),
-            **strides("v", value),
-            "mask_batch": mask_batch,
-            "keymask_batch": keymask_batch,
-            "slopes_batch": slopes_batch,
-            "heads": heads,
-            "group": heads // key.shape[1],
-            "q_len": q_len,
-            "kv_len": kv_len,
-            "q_blocks": q_blocks,
-            "shift": shift,
-            "left": left,
-            "right": right,
-            "scale": float(call.scale),
-            "keep_from": threshold(call.dropout_p) if has_dropout else 0,
-            "keep_scale": 1 / (1 - call.dropout_p),
-            # The rest are compile-time constants.
-            "ALPHA": _ALPHA_CODES.get(call.spec.alpha_class, 0 if query.dtype == torch.float32 else 1),
-            "PER_HEAD": call.alpha.ndim == 1,
-            "E": head_dim,
-            "BE": padded(head_dim),
-            "EV": head_dim_v,
-            "BEV": padded(head_dim_v),
-            "BM": LIST_ROWS,
-            "LOADED": loaded,
-            "HAS_KEYMASK": call.spec.mask == "key",
-            "HAS_ALIBI": call.alibi_slopes is not None,
-            "HAS_DROPOUT": has_dropout,
-            "GRAD": call.spec.needs_grad,
-            "STATS": call.spec.return_stats,
-            "ALPHA_GRAD": call.spec.alpha_requires_grad,
-            "KEEP": call.spec.needs_grad and not call.spec.deterministic,
-            "MAX_STEPS": MAX_STEPS,
-            "tol": 1e-5 if query.dtype == torch.float32 else 2e-3,
-        }
-        strided = (query, key, value, *others[:1])
-        tensors = (query, key, value, arguments["A"], lo, keymask, slopes, arguments["SEED"], *others)
-        number = plan(
-            call.config,
-            query.get_device(),
-            query.dtype,
-            arguments["A"].dtype,
-            slopes.dtype,
-            *[arguments[name] for name in _CONSTANTS],
-            *[speciality(size) for x in strided for size in x.stride()[:3]],
-            *[x.data_ptr() & 15 for x in tensors],
-        )
-        return cls(query, key, value, arguments, number, q_blocks)
+def describe(call: AttentionCall, table: Table) -> tuple[Any, ...]:
+    """Everything that decides a pass's program: two calls with equal descriptions differ in values and addresses alone.
 
-    def is_short(self) -> bool:
-        """Whether whole rows of scores stay on chip: then no lists are kept."""
-        return self.key.shape[2] <= short_length(self.query.shape[3], self.value.shape[3], self.query.element_size())
+    Holds the ids of spec and config: whoever keeps a description keeps those.
+    """
+    offset = call.query_offset
+    return (
+        id(call.spec),
+        id(call.config),
+        call.scale,
+        call.dropout_p,
+        call.window,
+        None if isinstance(offset, torch.Tensor) else offset,
+        call.query.get_device(),
+        *table,
+        *[(x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in table.values()],
+    )
+
+
+def shared_arguments(call: AttentionCall, table: Table) -> dict[str, Any]:
+    """What most kernels take, by name: addresses of the caller's tensors, numbers, and compile-time constants. Tensors that a call does
+    not have are given Q's address, which no kernel reads as them."""
+    query, key, value, alpha, spec = table["Q"], table["K"], table["V"], table["A"], call.spec
+    heads, q_len, head_dim = query.shape[1:]
+    kv_len, head_dim_v = value.shape[2:]
+    loaded = "LO" in table
+    shift, left, right = (0, OPEN, OPEN) if loaded else _affine(call)
+    has_dropout = call.dropout_p > 0
+    return {
+        **{role: address(table, role) for role in ("Q", "K", "V", "A", "LO", "HI", "DIAG", "SLOPES", "SEED")},
+        "KEYMASK": Address("KEYMASK", 0, torch.uint8) if "KEYMASK" in table else address(table, "Q"),
+        **strides("q", query),
+        **strides("k", key),
+        **strides("v", value),
+        "mask_batch": q_len if loaded and table["LO"].shape[0] > 1 else 0,
+        "keymask_batch": kv_len if "KEYMASK" in table and table["KEYMASK"].shape[0] > 1 else 0,
+        "slopes_batch": heads if "SLOPES" in table and table["SLOPES"].ndim == 2 else 0,
+        "heads": heads,
+        "kv_heads": key.shape[1],
+        "group": heads // key.shape[1],
+        "q_len": q_len,
+        "kv_len": kv_len,
+        "q_blocks": -(-q_len // LIST_ROWS),
+        "spread": int((key.numel() + value.numel()) * key.element_size() <= CACHE_BYTES),
+        "shift": shift,
+        "left": left,
+        "right": right,
+        "scale": float(call.scale),
+        "keep_from": threshold(call.dropout_p) if has_dropout else 0,
+        "keep_scale": 1 / (1 - call.dropout_p),
+        "tol": 1e-5 if query.dtype == torch.float32 else 2e-3,
+        # The rest are compile-time constants.
+        "ALPHA": _ALPHA_CODES.get(spec.alpha_class, 0 if query.dtype == torch.float32 else _GENERAL_HALF),
+        "PER_HEAD": alpha.ndim == 1,
+        "E": head_dim,
+        "BE": padded(head_dim),
+        "EV": head_dim_v,
+        "BEV": padded(head_dim_v),
+        "BM": LIST_ROWS,
+        "LOADED": loaded,
+        "HAS_KEYMASK": "KEYMASK" in table,
+        "HAS_ALIBI": "SLOPES" in table,
+        "HAS_DROPOUT": has_dropout,
+        "GRAD": spec.needs_grad,
+        "STATS": spec.return_stats,
+        "ALPHA_GRAD": spec.alpha_requires_grad,
+        "KEEP": spec.needs_grad and not spec.deterministic,
+        "MAX_STEPS": MAX_STEPS,
+    }  # fmt: skip
+
+
+def address(table: Table, role: str, instead: str = "Q") -> Address:
+    """Where a role's tensor starts; without one, where ``instead`` does."""
+    role = role if role in table else instead
+    return Address(role, 0, table[role].dtype)
+
+
+def is_short(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether whole rows of scores stay on chip: then no lists are kept."""
+    return key.shape[2] <= short_length(query.shape[3], value.shape[3], query.element_size())
 
 
 def _needs_arrays(call: AttentionCall) -> bool:

@@ -1,7 +1,8 @@
-"""Launching a Triton kernel with little work on the host.
+"""Launching one Triton kernel with little work on the host, and what all launches need to know of device and stream.
 
-``JITFunction.run`` spends over 100 us a launch on kernels with as many arguments as ours. Here what Triton specialises on is looked at
-once a call (:func:`plan`); a compiled kernel is then one dictionary access away, and is handed addresses and numbers in order.
+``JITFunction.run`` spends over 100 us a launch on kernels with many arguments. :func:`run` looks at what Triton specialises on once a
+call (:func:`plan`); a compiled kernel is then one dictionary access away, and is handed addresses and numbers in order. Attention's
+passes, several launches each, are programs (:mod:`adasplash_triton.program`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
@@ -19,6 +20,8 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from adasplash_core.backend import KernelConfig
 from adasplash_core.errors import ConfigRejectedError
 
+FUSED = {"enable_fp_fusion": True}
+"""Multiplications and additions as one instruction with one rounding, whatever the version of Triton holds for the default."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 _compiled: dict[tuple[int, Any], tuple[Any, tuple[str, ...], tuple[int, ...]]] = {}
@@ -27,7 +30,7 @@ _interpreter = threading.Lock()  # the interpreter patches triton.language while
 
 
 class Pointer:
-    """An address in a workspace with the dtype that a kernel sees there: cheaper than a tensor, and enough for Triton."""
+    """An address with the dtype that a kernel sees there: cheaper than a tensor, and enough for Triton."""
 
     __slots__ = ("address", "dtype")
 
@@ -38,23 +41,12 @@ class Pointer:
         return self.address
 
 
-def carve(device: torch.device, **pieces: tuple[int, torch.dtype]) -> dict[str, Any]:
-    """One allocation for all ``pieces``, each a number of elements and a dtype, aligned to 256 bytes; under ``WORKSPACE`` the owner."""
-    places, total = [], 0
-    for count, dtype in pieces.values():
-        places.append(total)
-        total += -(-count * dtype.itemsize // 256) * 256
-    workspace = torch.empty(total, dtype=torch.uint8, device=device)
-    if INTERPRETED:
-        found: dict[str, Any] = {
-            name: workspace[at : at + count * dtype.itemsize].view(dtype)
-            for at, (name, (count, dtype)) in zip(places, pieces.items(), strict=True)
-        }
-    else:
-        base = workspace.data_ptr()
-        found = {name: Pointer(base + at, dtype) for at, (name, (_, dtype)) in zip(places, pieces.items(), strict=True)}
-    found["WORKSPACE"] = workspace
-    return found
+class Address(NamedTuple):
+    """A pointer that each call fills in: ``offset`` bytes into the tensor of this role, seen by the kernel as ``dtype``."""
+
+    role: str
+    offset: int
+    dtype: torch.dtype
 
 
 def plan(*parts: Any) -> int:
@@ -86,8 +78,18 @@ def run(kernel: Any, grid: int | tuple[int, int], arguments: Mapping[str, Any], 
     values = [arguments[name] for name in names]
     for place in tensors:
         values[place] = values[place].data_ptr()  # Triton asks the driver about every tensor, but takes addresses as they are
-    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    stream = current_stream(current_device())
     compiled.run(*blocks, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+
+
+def current_device() -> int:
+    """Index of the calling thread's device; CUDA must have been initialised (as by any tensor there)."""
+    return torch._C._cuda_getDevice()
+
+
+def current_stream(device: int) -> int:
+    """Handle of the calling thread's current stream on a device."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 class launching:  # noqa: N801
@@ -98,7 +100,7 @@ class launching:  # noqa: N801
         self.context: AbstractContextManager[Any] = nullcontext()
         if INTERPRETED:
             self.context = _interpreter
-        elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        elif device.type == "cuda" and device.index != current_device():
             self.context = torch.cuda.device(device)
 
     def __enter__(self) -> None:

@@ -9,9 +9,8 @@ import torch
 
 from adasplash_core.call import make_call
 from adasplash_core.device import DeviceInfo
-from adasplash_triton import aot
+from adasplash_triton import aot, replay
 from adasplash_triton.backend import TritonBackend
-from tests.triton_backend.test_plans import binary_of
 
 BACKEND = TritonBackend()
 MOST_STACK = 1536
@@ -36,6 +35,7 @@ def check(target: str, recorded: list[aot.Launch], most_stack: int | None = MOST
     for launch in recorded:
         resources = aot.compile_launch(launch, target)
         assert resources.shared <= aot.SHARED_MEMORY[target], resources
+        assert replay.is_plain(aot.compiled(launch, target)) or target == "gfx942"
         assert most_stack is None or resources.stack <= most_stack, resources
 
 
@@ -58,10 +58,3 @@ def test_wide_heads_on_a_small_gpu() -> None:
 
 def test_float32_on_a_small_gpu() -> None:
     check("sm_86", launches("sm_86", dim=128, dtype=torch.float32), most_stack=None)
-
-
-def test_a_new_length_needs_no_new_kernel() -> None:
-    """Neither compile-time constants nor what Triton specialises on may follow the length (if strides stay multiples of 16)."""
-    short, long = launches("sm_90", length=1024), launches("sm_90", length=3072)
-    for one, other in zip(short, long, strict=True):
-        assert binary_of(one.kernel, one.arguments, one.options) == binary_of(other.kernel, other.arguments, other.options)

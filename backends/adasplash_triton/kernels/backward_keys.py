@@ -28,6 +28,36 @@ def count_dense(BLOCKS, first, last, BLOCK: tl.constexpr):
     return total
 
 
+@triton.jit
+def add_block(
+    dk, dv, k, v, keys, allowed, n, Q, DO, M, C, DELTA, LO, HI, DIAG, SEED, q_stride, do_stride, mask_batch, b, bh, block, q_len,
+    kv_len, shift, left, right, h, x_scale, slope, scale, keep_from, keep_scale,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """(dk, dv) with what a block of queries adds; Q, DO, M, C and DELTA point at its head."""
+    rows = block * BM + tl.arange(0, BM)
+    q = load_rows(Q, rows, q_stride, q_len, E, BE, True)
+    do = load_rows(DO, rows, do_stride, q_len, EV, BEV, True)
+    m = tl.load(M + rows, mask=rows < q_len, other=0.0)
+    c = tl.load(C + rows, mask=rows < q_len, other=0.0)
+    delta = tl.load(DELTA + rows, mask=rows < q_len, other=0.0)
+    lo, hi, diag = row_interval(LO, HI, DIAG, mask_batch, b, rows, q_len, kv_len, shift, left, right, LOADED)
+    x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
+    if (tl.max(lo, 0) > n) | (tl.min(hi, 0) < n + BN):
+        x = tl.where(visible(keys[None, :], lo[:, None], hi[:, None]), x, float("-inf"))
+    if HAS_KEYMASK:
+        x = tl.where(allowed[None, :], x, float("-inf"))
+    zero = tl.zeros((BM,), tl.float32)
+    sums = (zero, zero, zero, zero, zero, zero)
+    ds, p, _, _ = score_gradient(
+        x, v, do, delta, m, c, h, rows, keys, bh, SEED, keep_from, keep_scale, sums, ALPHA, HAS_DROPOUT, False
+    )
+    dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * scale
+    dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def backward_keys_kernel(
     Q, K, V, DO, M, C, DELTA, BLOCKS, A, LO, HI, DIAG, KEYMASK, SLOPES, SEED, DK_SUM, DV_SUM, DK, DV,
@@ -54,8 +84,6 @@ def backward_keys_kernel(
     else:
         dk = tl.zeros((BN, BE), tl.float32)
         dv = tl.zeros((BN, BEV), tl.float32)
-    zero = tl.zeros((BM,), tl.float32)
-    sums = (zero, zero, zero, zero, zero, zero)
     first = 0
     last = q_blocks
     if not LOADED:
@@ -75,31 +103,33 @@ def backward_keys_kernel(
                 slope *= h
         row_at = bh.to(tl.int64) * q_len
         blocks = BLOCKS + bh.to(tl.int64) * q_blocks * 2
-        stop = last
-        if LISTS:  # noqa: SIM102
-            if count_dense(blocks, first, last, 1024) == 0:
-                stop = first
-        for block in range(first, stop):
-            rows = block * BM + tl.arange(0, BM)
-            lo, hi, diag = row_interval(LO, HI, DIAG, mask_batch, b, rows, q_len, kv_len, shift, left, right, LOADED)
-            some = lo < hi
-            wanted = (tl.max(tl.where(some, hi, 0), 0) > n) & (tl.min(tl.where(some, lo, kv_len), 0) < n + BN)
-            if LISTS:
-                wanted = wanted & (tl.load(blocks + block * 2 + 1) < 0)
-            if wanted:
-                q = load_rows(Q + b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head, rows, q_stride, q_len, E, BE, True)
-                do = load_rows(
-                    DO + b.to(tl.int64) * do_batch + head.to(tl.int64) * do_head, rows, do_stride, q_len, EV, BEV, True
+        q_ptr = Q + b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
+        do_ptr = DO + b.to(tl.int64) * do_batch + head.to(tl.int64) * do_head
+        if LISTS or LOADED:
+            stop = last
+            if LISTS:  # noqa: SIM102
+                if count_dense(blocks, first, last, 1024) == 0:
+                    stop = first
+            for block in range(first, stop):
+                lo, hi, _ = row_interval(
+                    LO, HI, DIAG, mask_batch, b, block * BM + tl.arange(0, BM), q_len, kv_len, shift, left, right, LOADED
                 )
-                m = tl.load(M + row_at + rows, mask=rows < q_len, other=0.0)
-                c = tl.load(C + row_at + rows, mask=rows < q_len, other=0.0)
-                delta = tl.load(DELTA + row_at + rows, mask=rows < q_len, other=0.0)
-                x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
-                x = tl.where(visible(keys, lo, hi) & allowed[None, :], x, float("-inf"))
-                ds, p, _ = score_gradient(
-                    x, v, do, delta, m, c, h, rows, keys, bh, SEED, keep_from, keep_scale, sums, ALPHA, HAS_DROPOUT, False
-                )
-                dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * scale
-                dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+                some = lo < hi
+                seen = (tl.max(tl.where(some, hi, 0), 0) > n) & (tl.min(tl.where(some, lo, kv_len), 0) < n + BN)
+                if LISTS:
+                    seen = seen & (tl.load(blocks + block * 2 + 1) < 0)
+                if seen:
+                    dk, dv = add_block(
+                        dk, dv, k, v, keys, allowed, n, q_ptr, do_ptr, M + row_at, C + row_at, DELTA + row_at, LO, HI, DIAG, SEED,
+                        q_stride, do_stride, mask_batch, b, bh, block, q_len, kv_len, shift, left, right, h, x_scale, slope, scale,
+                        keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BN, LOADED, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT,
+                    )  # fmt: skip
+        else:
+            for block in range(first, last):
+                dk, dv = add_block(
+                    dk, dv, k, v, keys, allowed, n, q_ptr, do_ptr, M + row_at, C + row_at, DELTA + row_at, LO, HI, DIAG, SEED,
+                    q_stride, do_stride, mask_batch, b, bh, block, q_len, kv_len, shift, left, right, h, x_scale, slope, scale,
+                    keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BN, LOADED, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT,
+                )  # fmt: skip
     store_rows(DK + kv_at * E, dk.to(DK.dtype.element_ty), keys, E, kv_len, E, BE)
     store_rows(DV + kv_at * EV, dv.to(DV.dtype.element_ty), keys, EV, kv_len, EV, BEV)

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from adasplash_triton.kernels.evaluate import listed_keys, mask_listed, range_scores, whole_entries
 from adasplash_triton.kernels.primitives import (
+    block_of_program,
     block_range,
     dropout_factor,
     edge_tile,
@@ -34,8 +35,8 @@ from adasplash_triton.kernels.primitives import (
     weights,
 )
 
-LENGTHS = ("q_len", "kv_len", "q_blocks", "shift", "left", "right", "mask_batch", "keymask_batch", "slopes_batch", "heads", "group",
-           "keep_from")  # fmt: skip
+LENGTHS = ("q_len", "kv_len", "q_blocks", "spread", "shift", "left", "right", "mask_batch", "keymask_batch", "slopes_batch", "heads",
+           "group", "keep_from")  # fmt: skip
 
 
 @triton.jit
@@ -62,8 +63,8 @@ def alpha_terms(sums, x, p, dp, m, c, h):
 @triton.jit
 def score_gradient(x, v, do, delta, m, c, h, rows, keys, head, SEED, keep_from, keep_scale, sums,
                    ALPHA: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALPHA_GRAD: tl.constexpr):  # fmt: skip
-    """(ds, p as dV needs it, the d alpha sums) of a tile."""
-    p, u = weights(x, m, c, h, ALPHA)
+    """(ds, p as dV needs it, u, the d alpha sums) of a tile."""
+    p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     if HAS_DROPOUT:
         keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], keys[None, :], head)
@@ -73,7 +74,7 @@ def score_gradient(x, v, do, delta, m, c, h, rows, keys, head, SEED, keep_from, 
     if HAS_DROPOUT:
         p = p * keep
     # Not merely u * (...): beside a key that does not exist, whatever its memory holds, 0 must stay 0.
-    return tl.where(u == 0.0, 0.0, u * (dp - delta[:, None])), p, sums
+    return tl.where(u == 0.0, 0.0, u * (dp - delta[:, None])), p, u, sums
 
 
 @triton.jit
@@ -88,36 +89,54 @@ def add_product(dq, ds, k, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def add_weighted(
-    weighted, total, q, do, keys_ptr, values_ptr, keymask, n, k_stride, v_stride, low, end, lo, hi, diag, m, c, h, x_scale, slope,
-    rows, head, SEED, keep_from, keep_scale,
+def add_range_tile(
+    dq, uk, rest, total, sums, q, do, keys_ptr, values_ptr, keymask, n, k_stride, v_stride, low, end, lo, hi, diag, delta,
+    m, c, h, x_scale, slope, rows, head, SEED, keep_from, keep_scale,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BD: tl.constexpr,
-    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, EDGE: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALPHA_GRAD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """(sum u dp, sum u) with a tile added: delta is their quotient."""
+    """(ds K, u K, sum ds, sum u, the d alpha sums) with a tile added."""
     x = range_scores(
         q, keys_ptr, keymask, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BD, HAS_KEYMASK, HAS_ALIBI, EDGE
     )
     v = load_tile(values_ptr, n, v_stride, low, end, EV, BEV, BD, EDGE)
-    _, u = weights(x, m, c, h, ALPHA)
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-    if HAS_DROPOUT:
-        dp = dp * dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], (n + tl.arange(0, BD))[None, :], head)
-    return weighted + tl.sum(u * dp, 1), total + tl.sum(u, 1)
+    ds, _, u, sums = score_gradient(
+        x,
+        v,
+        do,
+        delta,
+        m,
+        c,
+        h,
+        rows,
+        n + tl.arange(0, BD),
+        head,
+        SEED,
+        keep_from,
+        keep_scale,
+        sums,
+        ALPHA,
+        HAS_DROPOUT,
+        ALPHA_GRAD,
+    )
+    k = load_tile(keys_ptr, n, k_stride, low, end, E, BE, BD, EDGE)
+    dq = add_product(dq, ds, k, ALPHA)
+    uk += tl.dot(u.to(k.dtype), k, input_precision="ieee")
+    return dq, uk, rest + tl.sum(ds, 1), total + tl.sum(u, 1), sums
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def backward_rows_kernel(
     Q, K, V, DO, O2, M, C, POOL, BLOCKS, A, LO, HI, DIAG, KEYMASK, SLOPES, SEED, DQ, DK_SUM, DV_SUM, DELTA, DALPHA,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, do_batch, do_head, do_stride,
-    mask_batch, keymask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, shift, left, right, scale, keep_from, keep_scale,
+    mask_batch, keymask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, spread, shift, left, right, scale,
+    keep_from, keep_scale,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     LISTS: tl.constexpr, ALPHA_GRAD: tl.constexpr,
 ):  # fmt: skip
-    block = q_blocks - 1 - tl.program_id(0) % q_blocks
-    bh = tl.program_id(0) // q_blocks
+    bh, block = block_of_program(q_blocks, spread)
     b = bh // heads
     head = bh % heads
     keys_ptr = head_pointer(K, bh, heads, group, k_batch, k_head)
@@ -138,7 +157,7 @@ def backward_rows_kernel(
     count = -1
     base = tl.zeros((), tl.int64)
     if LISTS:
-        entry = BLOCKS + tl.program_id(0).to(tl.int64) // q_blocks * q_blocks * 2 + block * 2
+        entry = BLOCKS + (bh.to(tl.int64) * q_blocks + block) * 2
         base = tl.load(entry).to(tl.int64)
         count = tl.load(entry + 1)
     dq = tl.zeros((BM, BE), tl.float32)
@@ -157,7 +176,7 @@ def backward_rows_kernel(
             v = load_rows(values_ptr, keys, v_stride, 0, EV, BEV, False)
             x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
             x = mask_listed(x, POOL + base, j, count, first, last, lo, hi, BK)
-            ds, p, sums = score_gradient(
+            ds, p, _, sums = score_gradient(
                 x, v, do, delta, m, c, h, rows, keys, bh, SEED, keep_from, keep_scale, sums, ALPHA, HAS_DROPOUT, ALPHA_GRAD
             )
             ds = ds.to(q.dtype)
@@ -171,110 +190,26 @@ def backward_rows_kernel(
     if count < 0:
         low, mid_start, mid_end, end = block_range(lo, hi, BD)
         # O2 was rounded to the inputs' dtype. Over a handful of keys that is lost in the noise; over thousands with equal weights it is
-        # one bias that all of them add up, so here delta is summed anew.
-        weighted = tl.zeros((BM,), tl.float32)
-        total = tl.zeros((BM,), tl.float32)
+        # one bias that all of them add up: sum ds is not 0 then, but tells it, and u K takes it out of dQ.
+        uk = tl.zeros((BM, BE), tl.float32)
+        rest = zero
+        total = zero
         for t in range(edge_tiles(low, mid_start, mid_end, end, BD)):
             n = edge_tile(t, low, mid_start, mid_end, BD)
-            weighted, total = add_weighted(
-                weighted, total, q, do, keys_ptr, values_ptr, keymask, n, k_stride, v_stride, low, end, lo, hi, diag,
+            dq, uk, rest, total, sums = add_range_tile(
+                dq, uk, rest, total, sums, q, do, keys_ptr, values_ptr, keymask, n, k_stride, v_stride, low, end, lo, hi, diag, delta,
                 m, c, h, x_scale, slope, rows, bh, SEED, keep_from, keep_scale,
-                ALPHA, E, BE, EV, BEV, BD, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, True,
+                ALPHA, E, BE, EV, BEV, BD, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, ALPHA_GRAD, True,
             )  # fmt: skip
         for n in range(mid_start, mid_end, BD):
-            weighted, total = add_weighted(
-                weighted, total, q, do, keys_ptr, values_ptr, keymask, n, k_stride, v_stride, low, end, lo, hi, diag,
+            dq, uk, rest, total, sums = add_range_tile(
+                dq, uk, rest, total, sums, q, do, keys_ptr, values_ptr, keymask, n, k_stride, v_stride, low, end, lo, hi, diag, delta,
                 m, c, h, x_scale, slope, rows, bh, SEED, keep_from, keep_scale,
-                ALPHA, E, BE, EV, BEV, BD, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, False,
+                ALPHA, E, BE, EV, BEV, BD, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, ALPHA_GRAD, False,
             )  # fmt: skip
-        delta = tl.where(total > 0.0, weighted / tl.where(total > 0.0, total, 1.0), 0.0)
-        for t in range(edge_tiles(low, mid_start, mid_end, end, BD)):
-            n = edge_tile(t, low, mid_start, mid_end, BD)
-            x = range_scores(
-                q,
-                keys_ptr,
-                keymask,
-                n,
-                k_stride,
-                low,
-                end,
-                lo,
-                hi,
-                diag,
-                x_scale,
-                slope,
-                E,
-                BE,
-                BD,
-                HAS_KEYMASK,
-                HAS_ALIBI,
-                True,
-            )
-            v = load_tile(values_ptr, n, v_stride, low, end, EV, BEV, BD, True)
-            ds, _, sums = score_gradient(
-                x,
-                v,
-                do,
-                delta,
-                m,
-                c,
-                h,
-                rows,
-                n + tl.arange(0, BD),
-                bh,
-                SEED,
-                keep_from,
-                keep_scale,
-                sums,
-                ALPHA,
-                HAS_DROPOUT,
-                ALPHA_GRAD,
-            )
-            k = load_tile(keys_ptr, n, k_stride, low, end, E, BE, BD, True)
-            dq = add_product(dq, ds, k, ALPHA)
-        for n in range(mid_start, mid_end, BD):
-            x = range_scores(
-                q,
-                keys_ptr,
-                keymask,
-                n,
-                k_stride,
-                low,
-                end,
-                lo,
-                hi,
-                diag,
-                x_scale,
-                slope,
-                E,
-                BE,
-                BD,
-                HAS_KEYMASK,
-                HAS_ALIBI,
-                False,
-            )
-            v = load_tile(values_ptr, n, v_stride, low, end, EV, BEV, BD, False)
-            ds, _, sums = score_gradient(
-                x,
-                v,
-                do,
-                delta,
-                m,
-                c,
-                h,
-                rows,
-                n + tl.arange(0, BD),
-                bh,
-                SEED,
-                keep_from,
-                keep_scale,
-                sums,
-                ALPHA,
-                HAS_DROPOUT,
-                ALPHA_GRAD,
-            )
-            k = load_tile(keys_ptr, n, k_stride, low, end, E, BE, BD, False)
-            dq = add_product(dq, ds, k, ALPHA)
+        bias = rest / tl.where(total > 0.0, total, 1.0)
+        dq -= bias[:, None] * uk
+        delta += bias
     some = lo < hi
     dq = tl.where(some[:, None], dq * scale, 0.0)
     store_rows(DQ + row_at * E, dq.to(DQ.dtype.element_ty), rows, E, q_len, E, BE)

@@ -31,7 +31,7 @@ def range_scores(
     k = load_tile(K, n, k_stride, low, end, E, BE, BN, EDGE)
     x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
     if EDGE:
-        x = tl.where(visible(keys, lo, hi), x, float("-inf"))
+        x = tl.where(visible(keys[None, :], lo[:, None], hi[:, None]), x, float("-inf"))
     if HAS_KEYMASK:
         allowed = tl.load(KEYMASK + keys, mask=keys < end, other=0) != 0
         x = tl.where(allowed[None, :], x, float("-inf"))
@@ -42,11 +42,13 @@ def range_scores(
 def evaluate_range(
     q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, step,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, SUMS: tl.constexpr, EDGES: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, SUMS: tl.constexpr, COUNT: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    """(sum p, sum u, max x), each (BM,); the sums stay 0 without ``SUMS``. ``EDGES``: whether the edge tiles take part."""
+    """(sum p, sum u, entries above the threshold, max x), each (BM,): the sums with ``SUMS``, the count with ``COUNT``, the max without
+    ``SUMS``, otherwise 0. ``EDGES``: whether the edge tiles take part."""
     f = tl.zeros((BM,), tl.float32)
     s = tl.zeros((BM,), tl.float32)
+    above = tl.zeros((BM,), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     if EDGES:
         for t in range(edge_tiles(low, mid_start, mid_end, end, BN)):
@@ -54,21 +56,26 @@ def evaluate_range(
             x = range_scores(
                 q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN, HAS_KEYMASK, HAS_ALIBI, True
             )
-            top = tl.maximum(top, tl.max(x, 1))
-            if SUMS:
-                p, u = weights(x, m, c, h, ALPHA)
-                f += tl.sum(p, 1)
-                s += tl.sum(u, 1)
+            f, s, above, top = add_tile(f, s, above, top, x, m, c, h, ALPHA, SUMS, COUNT)
     for n in range(mid_start, mid_end, step * BN):
         x = range_scores(
             q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN, HAS_KEYMASK, HAS_ALIBI, False
         )
+        f, s, above, top = add_tile(f, s, above, top, x, m, c, h, ALPHA, SUMS, COUNT)
+    return f, s, above, top
+
+
+@triton.jit
+def add_tile(f, s, above, top, x, m, c, h, ALPHA: tl.constexpr, SUMS: tl.constexpr, COUNT: tl.constexpr):
+    if SUMS:
+        p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
+        f += tl.sum(p, 1)
+        s += tl.sum(u, 1)
+        if COUNT:
+            above += tl.sum(tl.where(u > 0.0, 1.0, 0.0), 1)
+    else:
         top = tl.maximum(top, tl.max(x, 1))
-        if SUMS:
-            p, u = weights(x, m, c, h, ALPHA)
-            f += tl.sum(p, 1)
-            s += tl.sum(u, 1)
-    return f, s, top
+    return f, s, above, top
 
 
 @triton.jit
@@ -102,6 +109,27 @@ def mark_listed(LIST, keys, hit, j, count, BK: tl.constexpr):
 
 
 @triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def any_row(hit):
+    """Per column of hit (BM, BN), whether some row has it, int32 (BN,): up to 32 columns go into one word before rows are compared.
+
+    Each thread of the tensor cores' layout holds columns 8 i + 2 t + j of a row (t its place in a quad), so words need no exchange.
+    """
+    BM: tl.constexpr = hit.shape[0]
+    BN: tl.constexpr = hit.shape[1]
+    PARTS: tl.constexpr = max(BN // 128, 1)
+    EIGHTS: tl.constexpr = BN // 8 // PARTS
+    bit = (tl.arange(0, EIGHTS) * 2)[:, None, None] + tl.arange(0, 2)[None, None, :] + tl.zeros((1, 4, 1), tl.int32)
+    flags = tl.reshape(hit.to(tl.int32), (BM, PARTS, EIGHTS, 4, 2)) << bit[None, None]
+    words = tl.reduce(tl.sum(tl.sum(flags, 4), 2), 0, either)
+    return tl.reshape((words[:, None, :, None] >> bit[None]) & 1, (BN,))
+
+
+@triton.jit
 def collect_marked(LIST, count, OUT, BLOCK: tl.constexpr):
     """Write the marked entries, without their marks, to OUT, which may be LIST itself; returns how many."""
     kept = 0
@@ -131,7 +159,7 @@ def mask_listed(x, LIST, j, count, first, last, lo, hi, BK: tl.constexpr):
     if (j < first) | (j + BK > last):
         keys = listed_keys(LIST, j, count, BK)  # loaded again: otherwise every tile would load them in this layout too
         inside = (j + tl.arange(0, BK)) < count
-        x = tl.where(visible(keys, lo, hi) & inside[None, :], x, float("-inf"))
+        x = tl.where(visible(keys[None, :], lo[:, None], hi[:, None]) & inside[None, :], x, float("-inf"))
     return x
 
 
@@ -140,10 +168,9 @@ def evaluate_list(
     q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`evaluate_range`, over a list: exact wherever the list holds every key above the threshold."""
+    """(sum p, sum u) over a list: exact wherever the list holds every key above the threshold."""
     f = tl.zeros((BM,), tl.float32)
     s = tl.zeros((BM,), tl.float32)
-    top = tl.full((BM,), float("-inf"), tl.float32)
     ahead = listed_keys(LIST, 0, count, BK)
     for j in range(0, count, BK):
         keys = ahead
@@ -151,11 +178,10 @@ def evaluate_list(
         k = load_rows(K, keys, k_stride, 0, E, BE, False)
         x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
         x = mask_listed(x, LIST, j, count, first, last, lo, hi, BK)
-        top = tl.maximum(top, tl.max(x, 1))
-        p, u = weights(x, m, c, h, ALPHA)
+        p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
         f += tl.sum(p, 1)
         s += tl.sum(u, 1)
-    return f, s, top
+    return f, s
 
 
 @triton.jit
@@ -167,7 +193,7 @@ def solve_tile(x, h, tol, max_steps, ALPHA: tl.constexpr):
     steps = 0
     residual = 1.0
     while (residual > tol) & (steps < max_steps):
-        p, u = weights(x, m, c, h, ALPHA)
+        p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
         f = tl.sum(p, 1)
         s = tl.sum(u, 1)
         c = newton_step(c, f, s, h, ALPHA)

@@ -1,7 +1,7 @@
 """Forward, second pass: exact tau, O and O2 of the blocks of rows that have a list.
 
-A long list is shortened first: T rises by a Newton step over the list, columns below it drop out. A list that fits is then solved
-with its scores on chip, a longer one with a pass over it for each step; one that still holds most of the keys is left to
+A long list is swept first: the keys found while T was still rising drop out, and T takes a Newton step. A list that fits is then
+solved with its scores on chip, a longer one with a pass over it for each step; one that still holds most of the keys is left to
 ``forward_dense``. The keys that some row really weighs are kept for the backward, as long as the pool has room.
 """
 
@@ -11,25 +11,35 @@ import triton
 import triton.language as tl
 
 from adasplash_triton.kernels.evaluate import collect_marked, count_marked, whole_entries
-from adasplash_triton.kernels.lists import on_chip, output_list, shrink, solve_list
-from adasplash_triton.kernels.primitives import allocate, block_range, head_pointer, open_rows, store_result
+from adasplash_triton.kernels.lists import on_chip, output_list, solve_list, sweep
+from adasplash_triton.kernels.primitives import (
+    allocate,
+    block_of_program,
+    block_range,
+    head_pointer,
+    newton_step,
+    open_rows,
+    start_of_row,
+    store_result,
+)
 
-LENGTHS = ("q_len", "kv_len", "q_blocks", "pool_size", "shift", "left", "right", "mask_batch", "slopes_batch", "heads", "group",
-           "keep_from")  # fmt: skip
+LENGTHS = ("q_len", "kv_len", "q_blocks", "spread", "pool_size", "shift", "left", "right", "mask_batch", "slopes_batch", "heads",
+           "group", "keep_from")  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_lists_kernel(
-    Q, K, V, OUT, O2, M, C, TAU, SUPPORT, A, LO, HI, DIAG, SLOPES, SEED, T, MARGIN, LISTS, ENTRIES, POOL, POOL_TOP, BLOCKS,
+    Q, K, V, OUT, O2, M, C, TAU, SUPPORT, A, LO, HI, DIAG, SLOPES, SEED, T, MARGIN, ROW_MAX, LISTS, ENTRIES, POOL, POOL_TOP, BLOCKS,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
-    mask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, pool_size, shift, left, right, scale, keep_from, keep_scale, tol,
+    mask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, spread, pool_size, shift, left, right, scale,
+    keep_from, keep_scale, tol,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, DENSE_PERCENT: tl.constexpr, LEAST: tl.constexpr, MAX_STEPS: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, DENSE_PERCENT: tl.constexpr, LEAST: tl.constexpr, SWEEPS: tl.constexpr,
+    LIST_GROUPS: tl.constexpr, MAX_STEPS: tl.constexpr,
     LOADED: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     GRAD: tl.constexpr, STATS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(0) // q_blocks
-    block = q_blocks - 1 - tl.program_id(0) % q_blocks
+    bh, block = block_of_program(q_blocks, spread)
     at = (bh.to(tl.int64) * q_blocks + block) * 2
     count = tl.load(ENTRIES + at + 1)
     kept = -1
@@ -46,29 +56,18 @@ def forward_lists_kernel(
         c = m
         if count > BS:
             row_at = bh.to(tl.int64) * q_len + rows
-            t_x = tl.load(T + row_at, mask=rows < q_len, other=0.0)
             margin = tl.load(MARGIN + row_at, mask=rows < q_len, other=0.0)
-            m, c, count = shrink(
-                q,
-                keys_ptr,
-                list_,
-                count,
-                k_stride,
-                lo,
-                hi,
-                diag,
-                t_x,
-                margin,
-                h,
-                x_scale,
-                slope,
-                ALPHA,
-                E,
-                BE,
-                BM,
-                BK,
-                HAS_ALIBI,
-            )
+            m, c = start_of_row(T, ROW_MAX, row_at, rows < q_len, h, ALPHA)
+            sweeps = 0
+            while (count > BS) & (sweeps < SWEEPS):
+                first, last = whole_entries(list_, count, lo, hi, BK)
+                f, s = sweep(
+                    q, keys_ptr, list_, count, first, last, k_stride, lo, hi, diag, m, c, margin, h, x_scale, slope,
+                    ALPHA, E, BE, BM, BK, LIST_GROUPS, HAS_ALIBI,
+                )  # fmt: skip
+                count = collect_marked(list_, count, list_, 1024)
+                c = tl.where((f > 1.0) & (f < float("inf")), newton_step(c, f, s, h, ALPHA), c)
+                sweeps += 1
             low, _, _, end = block_range(lo, hi, 1)
             if count > tl.maximum((end - low) // 100 * DENSE_PERCENT, LEAST):
                 tl.store(ENTRIES + at + 1, -1)

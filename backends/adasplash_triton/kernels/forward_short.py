@@ -62,7 +62,7 @@ def forward_short_kernel(
             keys = i * BT + tl.arange(0, BT)
             x = scores(q, loaded[i], keys, diag, x_scale, slope, HAS_ALIBI)
             if (mid_start > i * BT) | (mid_end < (i + 1) * BT):
-                x = tl.where(visible(keys, lo, hi), x, float("-inf"))
+                x = tl.where(visible(keys[None, :], lo[:, None], hi[:, None]), x, float("-inf"))
             if HAS_KEYMASK:
                 x = tl.where((tl.load(keymask + keys, mask=keys < end, other=0) != 0)[None, :], x, float("-inf"))
         tops = tl.maximum(tops, x)
@@ -73,7 +73,6 @@ def forward_short_kernel(
     for i in tl.static_range(TILES):
         below = below + (tiles[i] - m[:, None],)  # noqa: RUF005
 
-    zero = tl.zeros((BM,), tl.float32)
     zeros = tl.zeros((BM, BT), tl.float32)
     c = first_c(h, m, ALPHA)
     steps = 0
@@ -83,7 +82,7 @@ def forward_short_kernel(
         us = zeros
         for i in tl.static_range(TILES):
             if (low < (i + 1) * BT) & (end > i * BT):
-                p, u = weights(below[i], zero, c, h, ALPHA)
+                p, u = weights(below[i], 0.0, c[:, None], h, ALPHA)
                 ps += p
                 us += u
         f = tl.sum(ps, 1)
@@ -102,7 +101,7 @@ def forward_short_kernel(
     support = tl.zeros((BM,), tl.int32)
     for i in tl.static_range(TILES):
         if (low < (i + 1) * BT) & (end > i * BT):
-            p, u = weights(below[i], zero, c, h, ALPHA)
+            p, u = weights(below[i], 0.0, c[:, None], h, ALPHA)
             ps += p
             us += u
             if STATS:

@@ -1,104 +1,54 @@
 """Exact entmax of a block of rows over a list of keys that holds all of their supports.
 
-``shrink``   raises the threshold by one Newton step over the list and drops the columns below it.
+``sweep``    sums a Newton step over the list and marks the entries above the threshold that it starts from; the rest may go.
 ``on_chip``  for short lists: the score tile stays in registers, so K is gathered once and V once.
 ``solve_list`` and ``output_list``: for longer ones, a pass over the list for each Newton step and one for the output.
 
-Both of the last two mark the keys that at least one row really weighs, which are what the backward walks.
+``on_chip`` and ``output_list`` mark the keys that at least one row really weighs, which are what the backward walks.
 """
 
 import triton
 import triton.language as tl
 
-from adasplash_triton.kernels.columns import any_not_negative, over_threshold, raw_threshold
+from adasplash_triton.kernels.columns import any_not_negative, fold_sums, raw_scores, raw_units
 from adasplash_triton.kernels.evaluate import (
-    collect_marked,
+    any_row,
     evaluate_list,
     listed_keys,
     mark_listed,
     mask_listed,
     solve_tile,
-    whole_entries,
 )
-from adasplash_triton.kernels.primitives import dropout_factor, first_c, load_rows, newton_step, scores, threshold, weights
+from adasplash_triton.kernels.primitives import dropout_factor, load_rows, newton_step, scores, threshold, visible, weights
 
 
 @triton.jit
-def shrink(
-    q, K, LIST, count, k_stride, lo, hi, diag, t_x, margin, h, x_scale, slope,
-    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+def sweep(
+    q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, margin, h, x_scale, slope,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """(m, c, count): the exact row max, a c no larger than before and no smaller than the solution, and the shortened list."""
-    zero = tl.zeros((BM,), tl.float32)
-    first, last = whole_entries(LIST, count, lo, hi, BK)
-    if ALPHA < 15:
-        _, _, m = evaluate_list(
-            q,
-            K,
-            LIST,
-            count,
-            first,
-            last,
-            k_stride,
-            lo,
-            hi,
-            diag,
-            zero,
-            zero,
-            h,
-            x_scale,
-            slope,
-            ALPHA,
-            E,
-            BE,
-            BM,
-            BK,
-            HAS_ALIBI,
-        )
-        m = tl.where(m == float("-inf"), 0.0, m)
-        c = first_c(h, m, ALPHA)
-    else:
-        # Measured from the bound itself (m := t_x, c := 0) the sums are those at tau = t_x, whatever the max turns out to be.
-        f, s, m = evaluate_list(
-            q,
-            K,
-            LIST,
-            count,
-            first,
-            last,
-            k_stride,
-            lo,
-            hi,
-            diag,
-            t_x,
-            zero,
-            h,
-            x_scale,
-            slope,
-            ALPHA,
-            E,
-            BE,
-            BM,
-            BK,
-            HAS_ALIBI,
-        )
-        m = tl.where(m == float("-inf"), 0.0, m)
-        risen = t_x - newton_step(zero, f, s, h, ALPHA)
-        c = tl.minimum(first_c(h, m, ALPHA), m - tl.where((f > 1.0) & (f < float("inf")), risen, t_x) + margin)
-    q_t, t_raw, bias = raw_threshold(q, threshold(m, c, h, ALPHA) - margin, lo, hi, x_scale, slope)
+    """(sum p, sum u), each (BM,), at (m, c), which must lie at or below the solution. Marks the entries above that threshold."""
+    q_t, bias, inverse, size = raw_units(q, x_scale, slope)
+    t_raw = tl.where(lo < hi, (threshold(m, c, h, ALPHA) - margin) * inverse, float("inf"))
+    f = tl.zeros((GROUPS, 8, BM), tl.float32)
+    s = tl.zeros((GROUPS, 8, BM), tl.float32)
     ahead = listed_keys(LIST, 0, count, BK)
     for j in range(0, count, BK):
         keys = ahead
         ahead = listed_keys(LIST, j + BK, count, BK)
         k = load_rows(K, keys, k_stride, 0, E, BE, False)
-        over = over_threshold(k, q_t, keys, diag, t_raw, bias, HAS_ALIBI)
+        raw = raw_scores(k, q_t, keys, diag, bias, HAS_ALIBI)
         if (j < first) | (j + BK > last):
             again = listed_keys(LIST, j, count, BK)
-            seen = (again[:, None] >= lo[None, :]) & (again[:, None] < hi[None, :])
-            over = tl.where(seen, over, -1.0)
-        mark_listed(LIST, keys, tl.reshape(any_not_negative(over, BK, 1, BM), (BK,)) != 0, j, count, BK)
+            inside = (j + tl.arange(0, BK) < count)[:, None]
+            raw = tl.where(visible(again[:, None], lo[None, :], hi[None, :]) & inside, raw, float("-inf"))
+        mark_listed(LIST, keys, tl.reshape(any_not_negative(raw - t_raw[None, :], BK, 1, BM), (BK,)) != 0, j, count, BK)
+        p, u = weights(raw * size, m[None, :], c[None, :], h, ALPHA)
+        f += fold_sums(p, GROUPS)
+        s += fold_sums(u, GROUPS)
     tl.debug_barrier()
-    return m, c, collect_marked(LIST, count, LIST, 1024)
+    return tl.sum(tl.sum(f, 0), 0), tl.sum(tl.sum(s, 0), 0)
 
 
 @triton.jit
@@ -110,7 +60,7 @@ def solve_list(
     steps = 0
     residual = 1.0
     while (residual > tol) & (steps < max_steps):
-        f, s, _ = evaluate_list(
+        f, s = evaluate_list(
             q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, ALPHA, E, BE, BM, BK, HAS_ALIBI
         )
         c = newton_step(c, f, s, h, ALPHA)
@@ -140,12 +90,12 @@ def output_list(
         v = load_rows(V, keys, v_stride, 0, EV, BEV, False)
         x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
         x = mask_listed(x, LIST, j, count, first, last, lo, hi, BK)
-        p, u = weights(x, m, c, h, ALPHA)
+        p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
         sum_p += tl.sum(p, 1)
         sum_u += tl.sum(u, 1)
         support += tl.sum((p > 0.0).to(tl.int32), 1)
         if GRAD:
-            mark_listed(LIST, keys, tl.max((u != 0.0).to(tl.int32), 0) != 0, j, count, BK)
+            mark_listed(LIST, keys, any_row(u != 0.0) != 0, j, count, BK)
         if HAS_DROPOUT:
             keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], keys[None, :], head)
             p = p * keep
@@ -169,12 +119,12 @@ def on_chip(
     x = mask_listed(x, LIST, 0, count, 1, 0, lo, hi, BS)
     m, c = solve_tile(x, h, tol, max_steps, ALPHA)
     v = load_rows(V, keys, v_stride, 0, EV, BEV, False)
-    p, u = weights(x, m, c, h, ALPHA)
+    p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
     sum_p = tl.sum(p, 1)
     sum_u = tl.sum(u, 1)
     support = tl.sum((p > 0.0).to(tl.int32), 1)
     if GRAD:
-        mark_listed(LIST, keys, tl.max((u != 0.0).to(tl.int32), 0) != 0, 0, count, BS)
+        mark_listed(LIST, keys, any_row(u != 0.0) != 0, 0, count, BS)
     if HAS_DROPOUT:
         keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], keys[None, :], head)
         p = p * keep

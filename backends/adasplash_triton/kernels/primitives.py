@@ -1,13 +1,13 @@
 """Device functions shared by the passes.
 
 Units. With h = alpha - 1 and s = scale * q.k + bias, kernels work on x = h s for alpha 1.5 and 2 (``ALPHA`` 15 and 20) and on x = s
-for any other alpha (``ALPHA`` 0, or 1 where half precision is enough), which stays exact down to alpha = 1. A row's state is (m, c):
-m = max x, and c its distance to the threshold:
+for any other alpha (``ALPHA`` 0; where half precision is enough 1, or 2 with NVIDIA's own instructions), which stays exact down to
+alpha = 1. A row's state is (m, c): m = max x, and c its distance to the threshold:
 
     ALPHA 15, 20:  c = m - tau                       a = [x - m + c]_+           p = a^(1/h)             u = p^(2-alpha)
-    ALPHA 0, 1:    c = -ln(h (m - tau_s)) / h        w = log1p(-h d e^(h c))/h - c,  d = m - x,   p = e^w,   u = e^((1-h) w)
+    ALPHA 0 to 2:  c = -ln(h (m - tau_s)) / h        w = log1p(-h d e^(h c))/h - c,  d = m - x,   p = e^w,   u = e^((1-h) w)
 
-so that c of ALPHA 0 and 1 becomes log-sum-exp(x) - m at alpha = 1. m - 1 <= tau < m reads 0 < c <= 1, and c >= 0 for the others.
+so that c of the latter becomes log-sum-exp(x) - m at alpha = 1. m - 1 <= tau < m reads 0 < c <= 1, and c >= 0 for the others.
 
 Newton on ||a||_(1/h) = 1 instead of on sum p = 1: the norm is convex and decreasing in tau, so steps from the left never pass the
 root, and it is nearly linear, so few are needed. With F = sum p and S = sum u the step is (F - F^(1-h)) / S; at alpha = 1 it is
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 OPEN = tl.constexpr(1 << 30)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -41,30 +42,48 @@ def expm1_ratio(y, h):
 @triton.jit
 def weights_near_softmax(x, m, c, h):
     """(p, u) for any h in [0, 1], to the last bits of float32."""
-    y = (x - m[:, None]) * tl.exp(h * c)[:, None]
-    w = log1p_ratio(y, h) - c[:, None]
+    y = (x - m) * tl.exp(h * c)
+    w = log1p_ratio(y, h) - c
     out = h * y <= -1.0
     return tl.where(out, 0.0, tl.exp(w)), tl.where(out, 0.0, tl.exp((1.0 - h) * w))
 
 
 @triton.jit
+def log2_half(x, ALPHA: tl.constexpr):
+    """log2 to 2^-22: Triton's own takes ten times as many instructions."""
+    if ALPHA == 2:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
+
+
+@triton.jit
+def exp2_half(x, ALPHA: tl.constexpr):
+    """2^x with results below 2^-126 as 0."""
+    if ALPHA == 2:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.exp2(x)
+
+
+@triton.jit
 def weights(x, m, c, h, ALPHA: tl.constexpr):
-    """(p, u) of a tile: x (BM, BN), m and c (BM,). NaN goes through."""
+    """(p, u) of a tile of x; m and c broadcast against it: (BM, 1) beside (BM, BN), or (1, BM) beside (BN, BM). NaN goes through."""
     if ALPHA == 15:
-        u = tl.maximum((x - m[:, None]) + c[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+        u = tl.maximum((x - m) + c, 0.0, propagate_nan=tl.PropagateNan.ALL)
         p = u * u
     elif ALPHA == 20:
-        p = tl.maximum((x - m[:, None]) + c[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+        p = tl.maximum((x - m) + c, 0.0, propagate_nan=tl.PropagateNan.ALL)
         u = tl.where(p > 0.0, 1.0, 0.0)
-    elif ALPHA == 1:
-        if h > 1e-3:
-            # Two special functions an entry. The exponent's rounding is that of the logarithm over h: far below half precision.
-            t = tl.maximum(1.0 + h * ((x - m[:, None]) * tl.exp(h * c)[:, None]), 0.0, propagate_nan=tl.PropagateNan.ALL)
-            w = tl.log2(t) * (1.0 / h) - 1.4426950408889634 * c[:, None]
-            p = tl.exp2(w)
-            u = tl.where(t == 0.0, 0.0, tl.exp2((1.0 - h) * w))
-        else:
-            p, u = weights_near_softmax(x, m, c, h)
+    elif ALPHA > 0:
+        # Enough for half precision: three special functions an entry, and no branch. Below h = 1e-3 the logarithm over h is a series,
+        # good wherever p > e^-30.
+        d = tl.maximum(x - m, -1e30, propagate_nan=tl.PropagateNan.ALL)  # -inf times h = 0 would be NaN
+        rate = tl.exp(h * c)
+        z = d * (h * rate)
+        t = tl.maximum(1.0 + z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        near = d * (rate * LOG2_E) * (1.0 - z * (0.5 - z * (1.0 / 3 - z * 0.25)))
+        w = tl.where(h > 1e-3, log2_half(t, ALPHA) * (1.0 / tl.maximum(h, 1e-3)), near) - LOG2_E * c
+        p = tl.where(t == 0.0, 0.0, exp2_half(w, ALPHA))
+        u = tl.where(t == 0.0, 0.0, exp2_half((1.0 - h) * w, ALPHA))
     else:
         p, u = weights_near_softmax(x, m, c, h)
     return p, u
@@ -98,6 +117,28 @@ def threshold(m, c, h, ALPHA: tl.constexpr):
     if ALPHA < 15:
         return tl.where(h > 0.0, m - tl.exp(-h * c) / tl.where(h > 0.0, h, 1.0), float("-inf"))
     return m - c
+
+
+@triton.jit
+def bounded_c(m, t_x, h, ALPHA: tl.constexpr):
+    """c of the threshold t_x for general alpha, where that is a bound below m; else that of m - 1."""
+    c = first_c(h, m, ALPHA)
+    bound = (t_x < m) & (t_x > float("-inf"))
+    gap = tl.where(bound, m - t_x, 1.0)
+    risen = tl.maximum(c, -tl.log(tl.where(h > 0.0, h * gap, 1.0)) / tl.where(h > 0.0, h, 1.0))
+    return tl.where(bound, risen, c)
+
+
+@triton.jit
+def start_of_row(T, ROW_MAX, at, inside, h, ALPHA: tl.constexpr):
+    """(m, c) of rows whose tau is known to be at least T. For alpha 1.5 and 2 any reference serves as m: T itself; the others need the
+    row max, inf where it is not known."""
+    t_x = tl.load(T + at, mask=inside, other=0.0)
+    if ALPHA >= 15:
+        return tl.where(tl.abs(t_x) < float("inf"), t_x, 0.0), tl.zeros_like(t_x)
+    m = tl.load(ROW_MAX + at, mask=inside, other=0.0)
+    m = tl.where(m == float("-inf"), 0.0, m)
+    return m, bounded_c(m, t_x, h, ALPHA)
 
 
 @triton.jit
@@ -215,7 +256,8 @@ def scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI: tl.constexpr):
 
 @triton.jit
 def visible(keys, lo, hi):
-    return (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+    """lo <= key < hi with one comparison: shapes that broadcast, int32."""
+    return (keys - lo).to(tl.uint32, bitcast=True) < tl.maximum(hi - lo, 0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -250,6 +292,16 @@ def open_rows(
             slope *= h
     lo, hi, diag = row_interval(LO, HI, DIAG, mask_batch, b, rows, q_len, kv_len, shift, left, right, LOADED)
     return rows, q, h, x_scale, slope, lo, hi, diag
+
+
+@triton.jit
+def block_of_program(q_blocks, spread):
+    """(b * H + h, block of rows): in a head the longest rows of a causal mask first. Head by head, so that K and V stay in the L2
+    cache; or, where all of them fit (``spread``), all heads' longest rows first, so that none is left for the end."""
+    pid = tl.program_id(0)
+    heads = tl.num_programs(0) // q_blocks
+    bh = tl.where(spread != 0, pid % heads, pid // q_blocks)
+    return bh, q_blocks - 1 - tl.where(spread != 0, pid // heads, pid % q_blocks)
 
 
 @triton.jit

@@ -16,13 +16,13 @@ def solve_range(
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """c to a residual |sum p - 1| of at most ``tol``, after which one more step is taken; m must be the exact row max."""
+    """c to a residual |sum p - 1| of at most ``tol``, after which one more step is taken; m need only be near the row max."""
     steps = 0
     residual = 1.0
     while (residual > tol) & (steps < max_steps):
-        f, s, _ = evaluate_range(
+        f, s, _, _ = evaluate_range(
             q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, 1,
-            ALPHA, E, BE, BM, BN, HAS_KEYMASK, HAS_ALIBI, True, True,
+            ALPHA, E, BE, BM, BN, HAS_KEYMASK, HAS_ALIBI, True, False, True,
         )  # fmt: skip
         live = (s > 0.0) & (lo < hi)
         c = tl.where(live, newton_step(c, f, s, h, ALPHA), c)
@@ -42,7 +42,7 @@ def output_range_tile(
         q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN, HAS_KEYMASK, HAS_ALIBI, EDGE
     )
     v = load_tile(V, n, v_stride, low, end, EV, BEV, BN, EDGE)
-    p, u = weights(x, m, c, h, ALPHA)
+    p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
     sum_p += tl.sum(p, 1)
     sum_u += tl.sum(u, 1)
     support += tl.sum((p > 0.0).to(tl.int32), 1)
