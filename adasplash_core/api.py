@@ -11,6 +11,7 @@ from adasplash_core import boundary, debug, plugins
 from adasplash_core.alpha import FLOAT_DTYPES, check_dtype_and_device, from_number
 from adasplash_core.backend import AttentionCall, KernelConfig
 from adasplash_core.call import Arguments, spec_from_fields, validate
+from adasplash_core.configs import ladder
 from adasplash_core.device import device_info
 from adasplash_core.dispatch import Explanation, explain_spec
 from adasplash_core.dropout import draw_seed
@@ -236,14 +237,15 @@ def entmax(x: torch.Tensor, alpha: float | torch.Tensor = 1.5, dim: int = -1, *,
         raise ArgumentError(f"dim must be a dimension of x, which has {x.ndim}.", seen=f"dim={dim}")
     if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()  # as softmax under autocast
-    moved = x.movedim(dim, -1)
+    last = dim in (-1, x.ndim - 1)
+    moved = x if last else x.movedim(dim, -1)  # a view costs autograd a node
     if isinstance(alpha, torch.Tensor):
         alpha_tensor, alpha_class = _transform_alpha(alpha, x, dim), "any"
     else:
         alpha_tensor, alpha_class = from_number(alpha, x.device)
-    name = _transform_backend(x.device, str(x.dtype).removeprefix("torch."), backend)
-    p: torch.Tensor = torch.ops.adasplash.entmax_forward(moved, alpha_tensor, name, alpha_class)
-    return p.movedim(-1, dim)
+    name = _transform_backend(x.device, x.dtype, backend)
+    p = boundary.entmax_forward(moved, alpha_tensor, name, alpha_class)
+    return p if last else p.movedim(-1, dim)
 
 
 def entmax15(x: torch.Tensor, dim: int = -1, *, backend: str = "auto") -> torch.Tensor:
@@ -270,8 +272,19 @@ def _transform_alpha(alpha: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Te
     return alpha.movedim(dim, -1)
 
 
+_transform_backends: dict[tuple[Any, ...], str] = {}
+
+
 @_constant_while_tracing
-def _transform_backend(device: torch.device, dtype: str, backend: str) -> str:
+def _transform_backend(device: torch.device, dtype: torch.dtype, backend: str) -> str:
+    """The name of the backend to call; after the first time one dictionary access."""
+    key = (device, dtype, backend, ladder().generation)
+    if (name := _transform_backends.get(key)) is None:
+        name = _transform_backends[key] = _choose_for_transform(device, str(dtype).removeprefix("torch."), backend)
+    return name
+
+
+def _choose_for_transform(device: torch.device, dtype: str, backend: str) -> str:
     registry, info = plugins.registry(), device_info(device)
     if backend != "auto":
         if reasons := registry.backend(backend).transform_not_supported_reasons(device.type, dtype, info):

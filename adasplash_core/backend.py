@@ -10,9 +10,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
-import io
+import re
 import sys
-import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -130,6 +129,24 @@ class Gradients:
     attn_mask: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class KernelResources:
+    """What one compiled kernel takes of a device. Bytes; -1 where nobody can tell."""
+
+    name: str
+    registers: int = -1  # a thread
+    spilled: int = -1  # local memory a thread, for what found no register
+    shared: int = -1  # shared memory a block
+
+
+@dataclass(frozen=True, slots=True)
+class CompileReport:
+    """What compiling the kernels of one config showed, before any of them ran. ``refusal``: why the config cannot run, if it cannot."""
+
+    kernels: tuple[KernelResources, ...] = ()
+    refusal: str = ""
+
+
 @dataclass(frozen=True)
 class HeadDims:
     """Which head dims a backend takes: from ``low`` to ``high`` in steps of ``multiple_of``."""
@@ -225,6 +242,18 @@ class AttentionBackend(ABC):
         """
         raise NotImplementedError
 
+    def transform_backward(
+        self, p: torch.Tensor, grad: torch.Tensor, alpha: torch.Tensor, alpha_class: str, alpha_grad: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradient to the transform's input, from its output ``p`` and the gradient ``grad`` to that.
+
+        Also, if ``alpha_grad``, each row's part of the gradient to alpha, (..., 1), float32 or float64. Optional: the inherited one
+        is plain torch.
+        """
+        from adasplash_core.transform_grad import gradients
+
+        return gradients(p, grad, alpha, alpha_grad)
+
     def transform_not_supported_reasons(self, device_type: str, dtype: str, device: DeviceInfo | None = None) -> list[str]:
         """As :meth:`not_supported_reasons`, for :meth:`transform_forward`."""
         return ["the entmax transform is not implemented"]
@@ -243,6 +272,15 @@ class AttentionBackend(ABC):
         """Candidate configs for the tuner, most promising first. The default need not be among them: it always competes."""
         return ()
 
+    def precompile(self, spec: AttentionSpec, device: DeviceInfo, pass_: Pass, config: KernelConfig) -> CompileReport | None:
+        """Compile what one pass of a call with this spec (sizes known) and config would launch on ``device``; None: nothing to compile.
+
+        Optional: it lets the tuner compile candidates in parallel while the device measures others, and drop those that cannot run or
+        spill registers before they are timed. It is called in helper processes that see no GPU, so it must not touch ``device``; what
+        it compiles should go to a cache on disk that the process with the device loads from. What it raises refuses the config.
+        """
+        return None
+
     def error_bound(self, dtype: str) -> float:
         return self.error_bounds.get(dtype, DEFAULT_ERROR_BOUNDS[dtype])
 
@@ -260,7 +298,7 @@ DEFAULT_ERROR_BOUNDS: Mapping[str, float] = {"float64": 1e-11, "float32": 5e-6, 
 
 @cache
 def source_hash(package: str) -> str:
-    """SHA-256 (16 hex digits) over the tokens of a package's ``.py`` files and the text of its ``.cu``/``.cuh`` files."""
+    """SHA-256 (16 hex digits) over a package's ``.py`` files without comments and blank lines, and its ``.cu``/``.cuh`` files."""
     if package == "__main__":  # a backend in a script: no import spec to ask
         roots = [Path(getattr(sys.modules[package], "__file__", None) or "")]
     elif (spec := importlib.util.find_spec(package)) is not None:
@@ -268,16 +306,28 @@ def source_hash(package: str) -> str:
     else:
         roots = []
     digest = hashlib.sha256()
-    skipped = {tokenize.COMMENT, tokenize.NL}
     for root in roots:
         found = root.rglob("*") if root.is_dir() and root != Path() else [root]
         files = sorted(p for p in found if p.suffix in {".py", ".cu", ".cuh"})
         for path in files:
             digest.update(path.name.encode())
             text = path.read_text(encoding="utf-8")
-            if path.suffix == ".py":
-                tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-                digest.update("\x00".join(t.string for t in tokens if t.type not in skipped).encode())
-            else:
-                digest.update(text.encode())
+            digest.update((_without_comments(text) if path.suffix == ".py" else text).encode())
     return digest.hexdigest()[:16]
+
+
+# ``tokenize`` takes 20 times as long, and its tokens differ between Python versions.
+_PYTHON_PARTS = re.compile(
+    r"""
+    \#[^\n]*                                                                          # a comment,
+    | "{3}(?:[^"\\]|\\.|"(?!""))*"{3} | '{3}(?:[^'\\]|\\.|'(?!''))*'{3}                  # a string,
+    | "(?:[^"\\\n]|\\.)*" | '(?:[^'\\\n]|\\.)*'
+    | [^"'\#]+ | .                                                                    # or what is between
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def _without_comments(source: str) -> str:
+    kept = "".join(part for part in _PYTHON_PARTS.findall(source) if part[0] != "#")
+    return "\n".join(stripped for line in kept.splitlines() if (stripped := line.rstrip()))

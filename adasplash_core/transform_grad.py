@@ -18,6 +18,16 @@ from __future__ import annotations
 import torch
 
 
+def gradients(
+    p: torch.Tensor, grad: torch.Tensor, alpha: torch.Tensor, alpha_grad: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradient to the scores, in ``p``'s dtype, and each row's part (..., 1) of alpha's, in a wide one; None unless ``alpha_grad``."""
+    wide = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
+    p_wide, grad, alpha = p.to(wide), grad.to(wide), alpha.to(torch.promote_types(wide, alpha.dtype))
+    by_row = (grad * alpha_derivative(p_wide, alpha)).sum(-1, keepdim=True) if alpha_grad else None
+    return score_gradient(p_wide, grad, alpha).to(p.dtype), by_row
+
+
 def score_gradient(p: torch.Tensor, grad: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Gradient with respect to the scores. ``p``, ``grad`` (..., n); ``alpha`` broadcastable, size 1 in the last dimension."""
     u = support_power(p, alpha)

@@ -20,6 +20,8 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS = ROOT / "docs" / "_generated" / "solver_iterations.md"
 REFERENCE_RESULTS = ROOT / "benchmarks" / "results" / "reference_cpu.json"
+ATTENTION_RESULTS = ROOT / "benchmarks" / "results" / "attention_h100.json"
+TRANSFORM_RESULTS = ROOT / "benchmarks" / "results" / "transforms_h100.json"
 
 
 def main() -> int:
@@ -38,7 +40,7 @@ def main() -> int:
 
 def outputs() -> Iterator[tuple[Path, str]]:
     """Every file with generated parts, and what it should say."""
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ATTENTION_RESULTS.parent.glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         for name, make in PARTS.items():
             if f"<!-- {name}:begin -->" in text:
@@ -156,6 +158,62 @@ def benchmark_table() -> str:
     return f"{text}\n\n" + table(columns, rows, right=range(2, 8))
 
 
+def attention_table() -> str:
+    """Entmax attention beside softmax attention on a GPU, and beside the adasplash package where that was run."""
+    report: dict[str, Any] = json.loads(ATTENTION_RESULTS.read_text(encoding="utf-8"))
+    machine = report["machine"]
+    measured = [row for row in report["rows"] if "times" in row]
+    peers = any("peer" in row for row in measured)
+    columns = ["input", "ours, ms", "cuDNN softmax, ms", "cuDNN's time / ours", "forward alone"]
+    columns += ["adasplash's time / ours"] if peers else []
+    rows = []
+    for row in measured:
+        ours, cudnn = row["times"]["ours"], row["times"]["cudnn"]
+        cells = [
+            row["name"],
+            f"{ours['forward']:.2f} + {ours['backward']:.2f}",
+            f"{cudnn['forward']:.2f} + {cudnn['backward']:.2f}",
+        ]
+        cells += [f"{both(cudnn) / both(ours):.2f}x", f"{cudnn['forward'] / ours['forward']:.2f}x"]
+        if peers:
+            cells.append(peer_ratio(row["peer"]) if "peer" in row else "-")
+        rows.append(cells)
+        if graphs := row.get("graphs"):
+            times = [f"{graphs['ours']:.2f}", f"{graphs['cudnn']:.2f}", f"{graphs['cudnn'] / graphs['ours']:.2f}x"]
+            rows.append([f"{row['name']}, as a CUDA graph", *times, "-", *(["-"] if peers else [])])
+    where = f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}; {machine['date']}"
+    return f"Medians, forward + backward ({where}).\n\n" + table(columns, rows, right=range(1, len(columns)))
+
+
+def both(times: dict[str, float]) -> float:
+    """Milliseconds of forward and backward together."""
+    return times["forward"] + times["backward"]
+
+
+def peer_ratio(peer: dict[str, Any]) -> str:
+    return f"{both(peer['times']['adasplash']) / both(peer['times']['ours']):.2f}x"
+
+
+def transform_table() -> str:
+    """The entmax transform beside softmax and other packages on a GPU."""
+    how = "`python benchmarks/transforms.py`"
+    if not TRANSFORM_RESULTS.exists():
+        return f"{how} measures the transform beside softmax, the `entmax` package and `adasplash.triton_entmax`."
+    report: dict[str, Any] = json.loads(TRANSFORM_RESULTS.read_text(encoding="utf-8"))
+    machine, others = report["machine"], ("softmax", "entmax package", "adasplash")
+    rows = []
+    for row in report["rows"]:
+        ours = row["times"]["ours"]
+        cells = [f"{row['name']}, {row['rows']} rows", f"{ours['forward']:.3f} + {ours['backward']:.3f}"]
+        cells.append(f"{ours['forward'] / row['copy_ms']:.1f}x")
+        cells += [f"{both(row['times'][name]) / both(ours):.1f}x" if name in row["times"] else "-" for name in others]
+        rows.append(cells)
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "entmax", "adasplash"))
+    text = f"Forward + backward, medians ({machine['gpu']}; {versions}; {machine['date']}), by {how}; a copy reads and writes once."
+    columns = ["input", "ours, ms", "forward / copy", *(f"{name}'s time / ours" for name in others)]
+    return f"{text}\n\n" + table(columns, rows, right=range(1, len(columns)))
+
+
 def iterations_table() -> str:
     """How many steps the solvers of tau need, as benchmarks/solver_iterations.py measured it."""
     return ITERATIONS.read_text(encoding="utf-8")
@@ -165,6 +223,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "support": support_table,
     "commands": command_reference,
     "benchmark": benchmark_table,
+    "attention": attention_table,
+    "transforms": transform_table,
     "iterations": iterations_table,
 }
 

@@ -35,6 +35,23 @@ def test_comments_and_blank_lines_do_not_count_and_code_does(package: Path) -> N
     assert hash_of() != before
 
 
+@pytest.mark.parametrize(
+    ("code", "other"),
+    [
+        ('x = "#1"', 'x = "#2"'),
+        ('x = """\n#1"""', 'x = """\n#2"""'),
+        (r'x = "\\"  # "one', r'x = "\\" * 2  # "one'),
+        ("x = 1\nif y:\n    z = 1", "x = 1\nif y:\n    z = 1\n    x = 2"),
+        ("if y:\n    x = 1\n    z = 1", "if y:\n    x = 1\nz = 1"),
+    ],
+)
+def test_what_only_looks_like_a_comment_counts_and_so_does_indentation(package: Path, code: str, other: str) -> None:
+    (package / "kernel.py").write_text(code)
+    before = hash_of()
+    (package / "kernel.py").write_text(other)
+    assert hash_of() != before
+
+
 def test_cuda_sources_count(package: Path) -> None:
     before = hash_of()
     (package / "pass.cuh").write_text("int x;")

@@ -74,9 +74,10 @@ def forward_lists_kernel(
                 count = -1
         if count >= 0:
             if count <= BS:
-                o, o2, sum_p, sum_u, support, m, c = on_chip(
+                o, o2, sum_p, sum_u, support, m, c, base, kept = on_chip(
                     q, keys_ptr, values_ptr, list_, count, k_stride, v_stride, lo, hi, diag, h, x_scale, slope, tol, MAX_STEPS,
-                    rows, bh, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BS, HAS_ALIBI, HAS_DROPOUT, GRAD,
+                    rows, bh, SEED, keep_from, keep_scale, POOL, POOL_TOP, pool_size,
+                    ALPHA, E, BE, EV, BEV, BM, BS, HAS_ALIBI, HAS_DROPOUT, GRAD, KEEP,
                 )  # fmt: skip
             else:
                 first, last = whole_entries(list_, count, lo, hi, BK)
@@ -109,6 +110,15 @@ def forward_lists_kernel(
                     q, keys_ptr, values_ptr, list_, count, first, last, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope,
                     rows, bh, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BK, HAS_ALIBI, HAS_DROPOUT, GRAD,
                 )  # fmt: skip
+                if KEEP:
+                    tl.debug_barrier()
+                    kept = count_marked(list_, count, 1024)
+                    base = allocate(POOL_TOP, kept, pool_size)
+                    if base < 0:
+                        base = tl.zeros((), tl.int64)
+                        kept = -1
+                    else:
+                        collect_marked(list_, count, POOL + base, 1024)
             store_result(
                 OUT,
                 O2,
@@ -136,15 +146,6 @@ def forward_lists_kernel(
                 GRAD,
                 STATS,
             )
-            if KEEP:
-                tl.debug_barrier()
-                kept = count_marked(list_, count, 1024)
-                base = allocate(POOL_TOP, kept, pool_size)
-                if base < 0:
-                    base = tl.zeros((), tl.int64)
-                    kept = -1
-                else:
-                    collect_marked(list_, count, POOL + base, 1024)
     if KEEP:
         tl.store(BLOCKS + at, base.to(tl.int32))
         tl.store(BLOCKS + at + 1, kept)

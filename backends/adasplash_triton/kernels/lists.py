@@ -4,7 +4,7 @@
 ``on_chip``  for short lists: the score tile stays in registers, so K is gathered once and V once.
 ``solve_list`` and ``output_list``: for longer ones, a pass over the list for each Newton step and one for the output.
 
-``on_chip`` and ``output_list`` mark the keys that at least one row really weighs, which are what the backward walks.
+``on_chip`` and ``output_list`` find the keys that at least one row really weighs, which are what the backward walks.
 """
 
 import triton
@@ -19,7 +19,16 @@ from adasplash_triton.kernels.evaluate import (
     mask_listed,
     solve_tile,
 )
-from adasplash_triton.kernels.primitives import dropout_factor, load_rows, newton_step, scores, threshold, visible, weights
+from adasplash_triton.kernels.primitives import (
+    allocate,
+    dropout_factor,
+    load_rows,
+    newton_step,
+    scores,
+    threshold,
+    visible,
+    weights,
+)
 
 
 @triton.jit
@@ -109,10 +118,12 @@ def output_list(
 @triton.jit
 def on_chip(
     q, K, V, LIST, count, k_stride, v_stride, lo, hi, diag, h, x_scale, slope, tol, max_steps, rows, head, SEED, keep_from, keep_scale,
+    POOL, POOL_TOP, pool_size,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """(O sum p, O2 sum u, sum p, sum u, support, m, c) of a list of at most BS keys. Marks the entries that some row weighs."""
+    """(O sum p, O2 sum u, sum p, sum u, support, m, c, base, kept) of a list of at most BS keys. With ``KEEP`` the ``kept`` keys that
+    some row weighs stand in the pool from ``base`` on; -1 if it is full."""
     keys = listed_keys(LIST, 0, count, BS)
     k = load_rows(K, keys, k_stride, 0, E, BE, False)
     x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
@@ -123,8 +134,17 @@ def on_chip(
     sum_p = tl.sum(p, 1)
     sum_u = tl.sum(u, 1)
     support = tl.sum((p > 0.0).to(tl.int32), 1)
-    if GRAD:
-        mark_listed(LIST, keys, any_row(u != 0.0) != 0, 0, count, BS)
+    base = tl.zeros((), tl.int64)
+    kept = -1
+    if KEEP:
+        hit = tl.where(tl.arange(0, BS) < count, any_row(u != 0.0), 0)
+        kept = tl.sum(hit, 0)
+        base = allocate(POOL_TOP, kept, pool_size)
+        if base < 0:
+            base = tl.zeros((), tl.int64)
+            kept = -1
+        else:
+            tl.store(POOL + base + tl.cumsum(hit, 0) - 1, keys, mask=hit != 0)
     if HAS_DROPOUT:
         keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], keys[None, :], head)
         p = p * keep
@@ -134,4 +154,4 @@ def on_chip(
         o2 = tl.dot(u.to(v.dtype), v, input_precision="ieee")
     else:
         o2 = tl.zeros((BM, BEV), tl.float32)
-    return o, o2, sum_p, sum_u, support, m, c
+    return o, o2, sum_p, sum_u, support, m, c, base, kept
