@@ -37,7 +37,7 @@ class Rung(IntEnum):
             Rung.STALE: "user database, stale",
             Rung.SHIPPED: "shipped with the package",
             Rung.SAME_CAPABILITY: "a similar device (same compute capability)",
-            Rung.HEURISTIC: "the backend's heuristic",
+            Rung.HEURISTIC: "the backend's heuristic, not measured",
         }[self]
 
 

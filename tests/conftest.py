@@ -13,6 +13,7 @@ _HOME = tempfile.TemporaryDirectory(prefix="adasplash-tests-")
 os.environ["ADASPLASH_DB"] = f"sqlite:///{Path(_HOME.name) / 'tests.db'}"
 os.environ.pop("ADASPLASH_PLUGINS", None)
 os.environ.pop("ADASPLASH_DEBUG", None)
+os.environ.pop("ADASPLASH_CACHE_MODE", None)
 
 
 @pytest.fixture(autouse=True, scope="session")

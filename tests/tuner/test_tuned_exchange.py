@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adasplash_core.errors import ArgumentError
-from adasplash_tuner.exchange import MAX_BYTES, export_document, parse_document, read_document, shipped_records
+from adasplash_tuner.exchange import MAX_BYTES, export_document, parse_document, read_document
 from adasplash_tuner.records import RecordError, parse_config
+from adasplash_tuner.snapshot import shipped
 from adasplash_tuner.store import TuningStore
 from tests.tuner.fakes import Warned, record
 
@@ -153,5 +154,5 @@ def test_a_shipped_file_that_is_not_valid_is_passed_over_with_a_warning(tmp_path
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text(export_document([record()]))
     (tmp_path / "notes.txt").write_text("not read")
-    assert shipped_records(tmp_path) == (record(),)
+    assert [row.record for row in shipped(tmp_path).rows()] == [record()]
     assert "a.json" in warned.the_only_one()

@@ -1,25 +1,28 @@
-"""``adasplash tune`` and ``adasplash cache`` as commands."""
+"""``adasplash tune`` as a command."""
 
 from __future__ import annotations
 
+import io
 import json
-import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from adasplash_cli.main import cli
+from adasplash_cli.tuning_display import Display, finished_words
 from adasplash_core.device import device_info
 from adasplash_core.errors import ArgumentError
 from adasplash_core.plugins import registry
+from adasplash_tuner.events import Finished, Planned, Step
 from adasplash_tuner.key import tuning_key
-from adasplash_tuner.records import Measurement
+from adasplash_tuner.search import Outcome, Progress
 from adasplash_tuner.shapes import PROFILES, Shape
-from adasplash_tuner.store import TuningStore, now
-from tests.tuner.fakes import H100, SPEC, record
+from adasplash_tuner.store import TuningStore
+from tests.tuner.fakes import H100, record
 
 
 def run(*arguments: str) -> Result:
@@ -30,151 +33,6 @@ def run_json(*arguments: str) -> Any:
     done = run(*arguments, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
-
-
-@pytest.fixture
-def filled(store: TuningStore) -> TuningStore:
-    store.publish(record(measured_at=now()))
-    store.add_measurement(
-        record().key, Measurement({"block_n": 128}, "s", "i", "final", "ok", 1, "1", median_ms=1.0, spread_ms=0.1, samples=3)
-    )
-    store.publish(
-        replace(record(), key=replace(record().key, backend="torch", device_type="cpu", device_name="Some CPU", capability=""))
-    )
-    return store
-
-
-# -- cache ------------------------------------------------------------------------------------------------------------------------
-
-
-def test_path_says_where_and_in_which_state(database: Path) -> None:
-    done = run("cache", "path")
-    assert done.stdout.strip() == str(database)
-    assert "`adasplash tune` makes it" in done.stderr
-    TuningStore().publish(record())
-    facts = run_json("cache", "path")
-    assert (facts["location"], facts["exists"], facts["best"], facts["problem"]) == (str(database), True, 1, None)
-
-
-def test_list_shows_each_row_and_filters(filled: TuningStore) -> None:
-    done = run("cache", "list")
-    assert done.exit_code == 0
-    for words in ("fake forward: bfloat16 D=128", "NVIDIA H100", "1.50x", "block_n=128", "Some CPU"):
-        assert words in done.stdout
-    assert [row["record"]["key"]["backend"] for row in run_json("cache", "list")["rows"]] == ["fake", "torch"]
-    assert len(run_json("cache", "list", "--backend", "torch")["rows"]) == 1
-    assert len(run_json("cache", "list", "--device", "h100")["rows"]) == 1
-
-
-def test_an_empty_database_lists_nothing_and_is_not_made(database: Path) -> None:
-    assert "No tuned config is in" in run("cache", "list").stdout
-    assert not database.exists()
-
-
-def test_show_prints_the_key_and_the_measurements(filled: TuningStore) -> None:
-    done = run("cache", "show", "1")
-    for words in ("kv_bucket            8192", "code_hash            c0de", "default_ms           1.5", "block_n=128", "final"):
-        assert words in done.stdout
-    shown = run_json("cache", "show", "1")
-    assert shown["record"]["median_ms"] == 1.0
-    assert [m["stage"] for m in shown["measurements"]] == ["final"]
-    missing = run("cache", "show", "99")
-    assert missing.exit_code == 2
-    assert "there is no row 99" in missing.stderr
-
-
-def test_export_and_import_carry_configs_to_another_database(
-    filled: TuningStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "tuned.json"
-    assert run_json("cache", "export", str(file))["configs"] == 2
-    assert run("cache", "export").stdout == file.read_text()
-    monkeypatch.setenv("ADASPLASH_DB", str(tmp_path / "other.db"))
-    assert run_json("cache", "import", str(file))["taken"] == 2
-    assert run_json("cache", "import", str(file))["taken"] == 0
-    assert TuningStore().rows()[0].record == filled.rows()[0].record
-
-
-def test_a_strangers_file_is_refused_with_the_reason_and_nothing_is_written(database: Path, tmp_path: Path) -> None:
-    file = tmp_path / "stranger.json"
-    file.write_text('{"format": "adasplash-tuned-configs", "format_version": 1, "configs": [{"key": {}}]}')
-    done = run("cache", "import", str(file))
-    assert done.exit_code == 2
-    assert "configs[0]: the record lacks config" in done.stderr
-    assert not database.exists()
-
-
-def test_prune_by_age(store: TuningStore) -> None:
-    store.publish(record(measured_at=now() - 100 * 86_400))
-    store.publish(replace(record(measured_at=now()), key=replace(record().key, kv_bucket=1024)))
-    dry = run_json("cache", "prune", "--older-than", "90", "--dry-run")
-    assert (dry["chosen"], dry["deleted"]) == ({"1": ["100 days old"]}, 0)
-    assert run_json("cache", "prune", "--older-than", "90")["deleted"] == 1
-    assert [row.record.key.kv_bucket for row in store.rows() if row.record] == [1024]
-
-
-def test_prune_missing_gpus_leaves_cpus(filled: TuningStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adasplash_core.device.visible_devices", lambda: [H100])
-    assert run_json("cache", "prune", "--missing-gpu")["deleted"] == 0
-    monkeypatch.setattr("adasplash_core.device.visible_devices", list)
-    assert run_json("cache", "prune", "--missing-gpu")["deleted"] == 1
-    assert [row.record.key.device_type for row in filled.rows() if row.record] == ["cpu"]
-
-
-def torch_record(code: str | None = None) -> Any:
-    backend, device = registry().backend("torch"), device_info("cpu")
-    spec = replace(SPEC, device_type="cpu", dtype="float32")
-    key = tuning_key(backend, spec, device, "forward")
-    config = backend.default_config(spec, device, "forward").to_dict()
-    return replace(record(measured_at=now()), key=key if code is None else replace(key, code_hash=code), config=config)
-
-
-def test_prune_stale_deletes_results_of_other_code(store: TuningStore) -> None:
-    store.publish(torch_record())
-    store.publish(torch_record("0ld"))
-    chosen = run_json("cache", "prune", "--stale")["chosen"]
-    assert list(chosen) == ["2"]
-    assert "measured with code 0ld" in chosen["2"][0]
-    assert len(store.rows()) == 1
-
-
-def test_prune_wants_to_be_told_what(filled: TuningStore) -> None:
-    done = run("cache", "prune")
-    assert done.exit_code == 2
-    assert "--older-than" in done.stderr
-    assert len(filled.rows()) == 2
-
-
-def test_verify_tells_good_stale_unknown_and_broken_rows_apart(store: TuningStore, database: Path) -> None:
-    store.publish(torch_record())
-    store.publish(torch_record("0ld"))
-    store.publish(record())  # of a backend that is not installed
-    for number, config in ((1, "{}}"), (2, '{"rows":"many"}')):
-        store.publish(replace(torch_record(), key=replace(torch_record().key, kv_bucket=number)))
-        with sqlite3.connect(database) as connection:
-            connection.execute(
-                "UPDATE adasplash_best SET config = ? WHERE key_id = (SELECT max(key_id) FROM adasplash_best)", (config,)
-            )
-    done = run("cache", "verify", "--json")
-    assert done.exit_code == 1
-    report = json.loads(done.stdout)
-    assert [row["state"] for row in report["rows"]] == ["ok", "stale", "unknown backend", "broken", "broken"]
-    assert report["damage"] == []
-    assert "not JSON" in report["rows"][3]["why"]
-    assert "wants int for 'rows'" in report["rows"][4]["why"]
-    again = run("cache", "verify")
-    assert "1 broken, 1 ok, 1 quarantined, 1 stale, 1 unknown backend" in again.stdout
-    assert store.counts()["quarantined"] == 2
-
-
-def test_a_corrupt_file_is_mended(database: Path) -> None:
-    database.parent.mkdir()
-    database.write_bytes(b"nonsense" * 1000)
-    for command in ("list", "verify", "path"):
-        assert "adasplash cache mend" in run("cache", command).stderr
-    mended = run_json("cache", "mend")
-    assert Path(mended["set_aside"]).read_bytes() == b"nonsense" * 1000
-    assert run("cache", "verify").exit_code == 0
 
 
 # -- tune -------------------------------------------------------------------------------------------------------------------------
@@ -239,9 +97,58 @@ def test_tune_on_captured_layers_measures_them(database: Path, tmp_path: Path) -
         assert search["inputs"].endswith("layers 0,5,7")
 
 
+def test_a_models_config_gives_the_shapes(database: Path, tmp_path: Path) -> None:
+    tiny = {"model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_positions": 64}
+    (tmp_path / "config.json").write_text(json.dumps(tiny))
+    (device,) = run_json("tune", "--device", "cpu", "--model", str(tmp_path), "--passes", "forward", "--budget", "2s")[
+        "devices"
+    ]
+    assert [s["shape"] for s in device["searches"]] == ["B=1,H=2,L=64,D=8,float32,causal"]
+
+
+def test_the_report_shows_what_the_table_shows(database: Path, tmp_path: Path) -> None:
+    page = tmp_path / "out.html"
+    done = run("tune", *SMALL, "--report", str(page))
+    assert done.exit_code == 0, done.output
+    assert f"report: {page}" in done.stdout
+    text = page.read_text(encoding="utf-8").replace("<wbr>", "")
+    for words in ("B=1,H=1,L=64,D=8,float32", "torch forward", "random, dense+moderate+sparse"):
+        assert words in text
+
+
+def test_json_says_how_sure_a_gain_is_and_what_each_input_took(database: Path) -> None:
+    (device,) = run_json("tune", *SMALL)["devices"]
+    (search,) = device["searches"]
+    low, high = search["gain_interval"]
+    assert 0 < low <= search["gain"] <= high
+    assert set(search["by_input"]) == {"dense", "moderate", "sparse"}
+    assert search["error"] <= search["error_bound"] == 5e-6
+    assert not search["postponed"]
+
+
+def test_every_device_has_a_line_with_what_it_does_and_how_long_it_takes() -> None:
+    shown = Display(["NVIDIA H100 (cuda:0)", "NVIDIA H200 (cuda:1)"], quiet=True)
+    outcome = Outcome(record(), "tuned", {}, 9, 9, gain_interval=(1.45, 1.56))
+    shown.show(0, Planned(H100, ("first", "second"), 100.0, 120.0))
+    shown.show(0, Finished(0, "first", outcome, left_s=80.0))
+    shown.show(0, Step(1, "second", Progress("screening", 3, 12, default_ms=3.0, best_ms=2.0), left_s=75.0))
+    screen = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    screen.print(shown)
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    for words in (
+        "NVIDIA H100 (cuda:0)", "1/2", "about 1 min 15 s left", "second: screening 3/12, best so far 2.00 ms (1.50x the default)",
+        "NVIDIA H200 (cuda:1): starting",
+    ):  # fmt: skip
+        assert words in text
+    assert finished_words(Finished(0, "first", outcome)) == "first: 1.00 ms, 1.50x the default's speed (1.45 to 1.56)"
+    assert finished_words(Finished(1, "second", None, postponed=True)) == "second: no time left, the next run makes it"
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
+        (("--report", "no/such/folder/out.html"), "there is no folder"),
+        (("--device", "cpu", "--model", "no/such/config.json"), "--model must be a Hugging Face config.json"),
         (("--gpu-auto", "--device", "cpu"), "exclude each other"),
         (("--budget", "soon"), "'soon' is not a duration like 40s, 5m or 1h"),
         (("--budget", "0s"), "is not a duration"),

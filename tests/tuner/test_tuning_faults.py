@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import os
 import resource
 import shutil
@@ -17,7 +20,9 @@ import pytest
 
 from adasplash_core.configs import ConfigLadder, Rung
 from adasplash_core.errors import ArgumentError, StoreError
+from adasplash_core.plugins import Registry
 from adasplash_tuner import upkeep
+from adasplash_tuner.exchange import export_document
 from adasplash_tuner.provider import TunedConfigs
 from adasplash_tuner.store import TuningStore
 from tests.tuner.fakes import H100, SPEC, FakeBackend, Warned, record
@@ -66,17 +71,6 @@ def test_an_empty_file_is_an_empty_database(database: Path, store: TuningStore, 
     assert store.publish(record())
 
 
-def test_a_newer_schema_is_left_alone(database: Path, store: TuningStore, warned: Warned) -> None:
-    store.publish(record())
-    with sqlite3.connect(database) as connection:
-        connection.execute("UPDATE adasplash_meta SET value = '2' WHERE name = 'schema_version'")
-    assert_defaults_and_one_warning(warned, "has schema 2", "Upgrade adasplash-core")
-    with pytest.raises(StoreError, match="Upgrade adasplash-core"):
-        TuningStore().publish(record(block_n=32, median_ms=0.1))
-    with sqlite3.connect(database) as connection:
-        assert connection.execute("SELECT config FROM adasplash_best").fetchall() == [('{"block_n":128,"iterations":8}',)]
-
-
 def test_a_locked_database(database: Path, store: TuningStore, warned: Warned) -> None:
     store.publish(record())
     with sqlite3.connect(database, isolation_level=None) as holder:
@@ -117,10 +111,21 @@ def test_a_lock_that_passed_is_forgiven(
     assert second.rung is Rung.USER_DATABASE
 
 
-def mounted(folder: Path) -> bool:
+def mounted(folder: Path, size: str = "4m") -> bool:
     mount = shutil.which("mount")
-    command = [mount or "", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    command = [mount or "", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     return mount is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 512 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.geteuid() != 0 or not mounted(folder, "512k"):
+        pytest.skip("a small file system needs a mount, which is not allowed here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture
@@ -210,32 +215,27 @@ def test_a_full_disk_does_not_hinder_lookups(store: TuningStore, database: Path)
 
 
 def test_a_disk_that_fills_up_while_tuning_does_not_end_the_tuning(store: TuningStore, database: Path) -> None:
+    database.parent.mkdir()
+    with sqlite3.connect(database) as connection:
+        connection.execute("PRAGMA page_size = 32768")
+        connection.execute("VACUUM")
     store.publish(record())
     store.engines.dispose()
-    limit = database.stat().st_size
 
     def nearly_full() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (33_000, 33_000)
+        )  # a WAL of one page: the test of writing fits, a measurement does not
 
-    command = [
-        sys.executable,
-        "-m",
-        "adasplash_cli.main",
-        "tune",
-        "--device",
-        "cpu",
-        "--shapes",
-        "H=1,L=512,D=8",
-        "--budget",
-        "4s",
-    ]
+    small = ["--device", "cpu", "--shapes", "H=1,L=64,D=8", "--passes", "forward", "--budget", "2s"]
+    command = [sys.executable, "-m", "adasplash_cli.main", "tune", *small]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, preexec_fn=nearly_full)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     assert "Nothing more was kept from the moment the database failed" in done.stderr
-    assert "B=1,H=1,L=512,D=8,float32" in done.stdout  # what was measured is shown nevertheless
+    assert "B=1,H=1,L=64,D=8,float32" in done.stdout  # what was measured is shown nevertheless
     assert store.integrity_problems() == []
-    assert any(row.record == record() for row in store.rows())
+    assert [row.record for row in store.rows()] == [record()]
 
 
 def test_a_postgresql_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, warned: Warned) -> None:
@@ -262,6 +262,226 @@ def test_many_threads_asking_a_broken_database_give_one_warning(database: Path, 
     warned.the_only_one()
 
 
+LOOK_UP_AND_PUBLISH = """
+import warnings
+warnings.showwarning = lambda message, *_: print("warned:", message)
+from adasplash_core.configs import ConfigLadder
+from adasplash_core.errors import StoreError
+from adasplash_tuner.provider import TunedConfigs
+from tests.tuner.fakes import *
+ladder = ConfigLadder([TunedConfigs()])
+print(*(ladder.find(FakeBackend(), SPEC, H100, pass_).rung.name for pass_ in ("forward", "backward")))
+try:
+    from adasplash_tuner.store import TuningStore
+    print("published", TuningStore(busy_timeout_s=0.2).publish(record(block_n=32, median_ms=0.1)))
+except StoreError as error:
+    print("refused:", error)
+"""
+
+
+def run_python(code: str, **environment: str | None) -> list[str]:
+    """The lines a process prints; ``None`` unsets a variable."""
+    variables = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_disk_without_room_is_read_and_refuses_writers(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that is really full."""
+    database = small_disk / "tuned.db"
+    store = TuningStore(str(database))
+    store.publish(record())
+    store.engines.dispose()
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(b"x" * 512)
+    looked_up, refused = run_python(LOOK_UP_AND_PUBLISH, ADASPLASH_DB=str(database))
+    assert looked_up == "USER_DATABASE HEURISTIC"
+    assert refused.startswith("refused: ")
+    assert "Free some space" in refused or "Check free space" in refused
+    (small_disk / "filler").unlink()
+    assert [row.record for row in TuningStore(str(database)).rows()] == [record()]
+    assert run_python(LOOK_UP_AND_PUBLISH, ADASPLASH_DB=str(database))[1] == "published True"
+
+
+def test_a_user_without_a_home(tmp_path: Path) -> None:
+    """Neither HOME nor the list of users says where the data folder is: nothing is made in the working directory instead."""
+    nobody = "import pwd\ndef unknown(_): raise KeyError('no such user')\npwd.getpwuid = unknown\n"
+    here = f"import os\nos.chdir({str(tmp_path)!r})\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    warned, looked_up, refused = run_python(
+        nobody + here + LOOK_UP_AND_PUBLISH, ADASPLASH_DB=None, HOME=None, XDG_DATA_HOME=None
+    )
+    for text in (warned, refused):
+        assert "this user has no home directory. Set HOME, or ADASPLASH_DB to a path." in text
+    assert looked_up == "HEURISTIC HEURISTIC"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_that_does_not_exist_and_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    home = str(tmp_path / "file" / "home")
+    looked_up, refused = run_python(LOOK_UP_AND_PUBLISH, ADASPLASH_DB=None, HOME=home, XDG_DATA_HOME=None)
+    assert looked_up == "HEURISTIC HEURISTIC"
+    assert "cannot be used (Not a directory). Mend that, or set ADASPLASH_DB to another place." in refused
+
+
+def test_a_home_that_does_not_exist_is_made_when_something_is_stored(tmp_path: Path) -> None:
+    home = tmp_path / "new" / "home"
+    looked_up, published = run_python(LOOK_UP_AND_PUBLISH, ADASPLASH_DB=None, HOME=str(home), XDG_DATA_HOME=None)
+    assert (looked_up, published) == ("HEURISTIC HEURISTIC", "published True")
+    assert [path.name for path in home.rglob("*.db")] == ["tuned.db"]
+
+
+REFUSE_LOCKS = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+static int refuse(int command) {
+    if (command != F_SETLK && command != F_SETLKW && command != F_GETLK) return 0;
+    errno = atoi(getenv("LOCK_ERROR"));
+    return 1;
+}
+#define DEFINE(name)                                              \
+    extern int __##name(int, int, ...);                           \
+    int name(int file, int command, ...) {                        \
+        va_list list; va_start(list, command);                    \
+        void *argument = va_arg(list, void *); va_end(list);      \
+        return refuse(command) ? -1 : real(file, command, argument); \
+    }
+#include <dlfcn.h>
+static int real(int file, int command, void *argument) {
+    static int (*next)(int, int, ...);
+    if (!next) next = (int (*)(int, int, ...))dlsym(RTLD_NEXT, "fcntl64");
+    if (!next) next = (int (*)(int, int, ...))dlsym(RTLD_NEXT, "fcntl");
+    return next(file, command, argument);
+}
+DEFINE(fcntl)
+DEFINE(fcntl64)
+"""
+
+
+@pytest.fixture(scope="module")
+def refuses_locks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A library that makes the system refuse every lock, as some network mounts do; to be preloaded."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C compiler to make a file system refuse locks with")
+    folder = tmp_path_factory.mktemp("locks")
+    (folder / "locks.c").write_text(REFUSE_LOCKS)
+    library = folder / "locks.so"
+    subprocess.run([compiler, "-x", "c", "-shared", "-fPIC", "-o", library, folder / "locks.c", "-ldl"], check=True)
+    return str(library)
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EACCES])
+def test_a_file_system_that_refuses_locks(store: TuningStore, database: Path, refuses_locks: str, error: int) -> None:
+    store.publish(record())
+    store.engines.dispose()
+    content = database.read_bytes()
+    warned, looked_up, refused = run_python(LOOK_UP_AND_PUBLISH, LD_PRELOAD=refuses_locks, LOCK_ERROR=str(error))
+    assert looked_up == "HEURISTIC HEURISTIC"
+    for text in (warned, refused):
+        assert "file system whose locks do not work" in text
+        assert "set ADASPLASH_DB to another place" in text
+    assert database.read_bytes() == content
+
+
+def test_a_file_system_that_knows_no_locks_is_read(store: TuningStore, database: Path, refuses_locks: str) -> None:
+    store.publish(record())
+    store.engines.dispose()
+    looked_up, refused = run_python(LOOK_UP_AND_PUBLISH, LD_PRELOAD=refuses_locks, LOCK_ERROR=str(errno.EOPNOTSUPP))
+    assert looked_up == "USER_DATABASE HEURISTIC"
+    assert "that its file system has locks" in refused
+
+
+def test_a_snapshot_needs_no_locks(tmp_path: Path, refuses_locks: str) -> None:
+    snapshot = tmp_path / "tuned.json"
+    snapshot.write_text(export_document([record()]))
+    lines = run_python(LOOK_UP_AND_PUBLISH, LD_PRELOAD=refuses_locks, LOCK_ERROR=str(errno.ENOLCK), ADASPLASH_DB=str(snapshot))
+    assert lines[0] == "USER_DATABASE HEURISTIC"
+    assert "is a snapshot, which is only read" in lines[1]
+
+
+def test_a_clock_that_goes_backwards_loses_nothing(store: TuningStore) -> None:
+    """A process tunes, the clock is set back by 40 years, and another tunes: the faster result stays, and both are of some age."""
+    key = record().key
+    code = """
+import sys, time
+seconds, block_n, median_ms = map(float, sys.argv[1:])
+time.time = lambda: seconds
+from adasplash_tuner.records import Measurement
+from adasplash_tuner.store import TuningStore, now
+from tests.tuner.fakes import *
+best = record(block_n=int(block_n), median_ms=median_ms, measured_at=now())
+TuningStore().publish(best)
+TuningStore().add_measurement(best.key, Measurement(best.config, "s", "i", "final", "ok", now(), "1", median_ms=median_ms))
+"""
+    for arguments in (("4e9", "128", "1.0"), ("4e8", "64", "0.5"), ("399999999", "32", "0.9")):
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=ROOT)
+    (row,) = store.rows()
+    assert row.record is not None
+    assert (row.record.config["block_n"], row.record.measured_at) == (64, 400_000_000)
+    assert [m.config["block_n"] for m in store.measurements(key)] == [128, 64, 32]  # in the order in which they were made
+    assert rungs(("forward",)) == [Rung.USER_DATABASE]
+    old = upkeep.prunable(store.rows(), Registry(), older_than_s=86_400)
+    assert list(old) == [row.id]
+    store.merge([record(block_n=16, median_ms=0.1, measured_at=4_000_000_000)])  # of the future
+    assert upkeep.prunable(store.rows(), Registry(), older_than_s=86_400) == {}
+
+
+def test_a_hostile_file_is_refused_by_the_command_and_nothing_is_executed_or_written(database: Path, tmp_path: Path) -> None:
+    """Real processes, with a limit on memory: what is huge must not be held."""
+    canary = tmp_path / "executed"
+    good = json.loads(export_document([record()]))
+    pickled = b"cposix\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
+
+    def with_key(**changes: object) -> bytes:
+        return json.dumps(
+            {**good, "configs": [{**good["configs"][0], "key": {**good["configs"][0]["key"], **changes}}]}
+        ).encode()
+
+    def with_config(config: object) -> bytes:
+        return json.dumps({**good, "configs": [good["configs"][0], {**good["configs"][0], "config": config}]}).encode()
+
+    hostile = {
+        "pickle": pickled,
+        "deep": b'{"format": ' + b"[" * 10**6,
+        "huge": b'{"format": "adasplash-tuned-configs", "configs": [' + b"0," * (17 * 2**20),
+        "many": json.dumps({**good, "configs": [0] * 100_001}).encode(),
+        "path": with_key(backend="../../../../etc/passwd\x00"),
+        "sql": with_key(pass_="forward'); DROP TABLE adasplash_best; --"),
+        "terminal": with_key(device_name="\x1b]0;owned\x07"),
+        "code": with_config({"__class__": f"__import__('os').system('touch {canary}')", "a.b": 1}),
+        "nested": with_config({"block_n": {"block_n": 1}}),
+        "number": b'{"format": "adasplash-tuned-configs", "format_version": 1e999}',
+        "digits": with_config({"block_n": 0}).replace(b'"block_n": 0', b'"block_n": ' + b"9" * 100_000),
+        "template": with_config({"block_n": f"{{{{ system('touch {canary}') }}}}\n"}),
+        "twice": b'{"format": "adasplash-tuned-configs", "format": "x", "format_version": 1, "configs": []}',
+    }
+    for name, content in hostile.items():
+        (tmp_path / f"{name}.json").write_bytes(content)
+    code = """
+import resource, sys
+from click.testing import CliRunner
+from adasplash_cli.main import cli
+resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
+for name in sys.stdin.read().split():
+    done = CliRunner().invoke(cli, ["cache", "import", name])
+    assert done.exit_code == 2, (name, done.exit_code, done.output, done.exception)
+    assert "An imported file must be what `adasplash cache export` writes. Got" in done.stderr, (name, done.stderr)
+    assert len(done.stderr) < 1000, (name, len(done.stderr))
+    assert done.stderr.strip().isprintable(), (name, done.stderr)
+"""
+    names = "\n".join(str(tmp_path / f"{name}.json") for name in hostile)
+    done = subprocess.run([sys.executable, "-c", code], input=names, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not canary.exists()
+    assert not database.parent.exists()
+
+
 # -- mending ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -286,8 +506,7 @@ def damaged(store: TuningStore, database: Path, content: bytes, page: int) -> bo
 
 
 def test_mending_saves_the_rows_that_can_be_read(database: Path, store: TuningStore) -> None:
-    for number in range(120):
-        store.publish(replace(record(), key=replace(record().key, kv_bucket=number)))
+    store.merge(replace(record(), key=replace(record().key, kv_bucket=number)) for number in range(120))
     content = database.read_bytes()
     pages = len(content) // 4096
     assert any(damaged(store, database, content, page) for page in range(pages // 2, pages)), "no page holds rows"

@@ -13,10 +13,11 @@ from adasplash_core.backend import KernelConfig
 from adasplash_core.call import make_call
 from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import AttentionSpec
-from adasplash_tuner.key import KEY_FIELDS, TuningKey, bucket, closest, key_bucket, query_bucket, space_version, tuning_key
-from adasplash_tuner.models import KeyRow
+from adasplash_tuner.key import KEY_FIELDS, TuningKey, bucket, key_bucket, nearest, query_bucket, space_version, tuning_key
+from adasplash_tuner.models import KEYS
+from adasplash_tuner.records import Row
 from adasplash_tuner.shapes import Shape
-from tests.tuner.fakes import A100, H100, SPEC, BlockConfig, FakeBackend
+from tests.tuner.fakes import A100, H100, SPEC, BlockConfig, FakeBackend, record
 
 
 def key_of(spec: AttentionSpec = SPEC, device: DeviceInfo = H100, backend: FakeBackend | None = None) -> TuningKey:
@@ -111,7 +112,7 @@ def test_the_space_version_changes_with_the_fields_and_not_with_the_candidates()
 
 
 def test_every_field_of_the_key_is_a_column_that_is_never_null() -> None:
-    columns = KeyRow.__table__.columns
+    columns = KEYS.columns
     assert set(KEY_FIELDS) == set(columns.keys()) - {"id", "readable"}
     assert not any(column.nullable for column in columns)
     assert [f.name for f in fields(TuningKey)] == list(KEY_FIELDS)
@@ -138,9 +139,9 @@ def test_the_closest_key_differs_in_the_fewest_fields() -> None:
     wanted = key_of()
     near, far = replace(wanted, kv_bucket=16384), replace(wanted, kv_bucket=16384, q_bucket=16384, dtype="float16")
     newer_code = replace(wanted, code_hash="other")
-    assert closest(wanted, [far, near]) == near
-    assert closest(wanted, [near, newer_code]) == newer_code
-    assert closest(wanted, []) is None
+    rows = [Row(n, "", record(key)) for n, key in enumerate((far, near, newer_code))]
+    assert nearest(wanted, rows, 2) == [rows[2], rows[1]]
+    assert nearest(wanted, [Row(9, "", replace(record(wanted), quarantined="spills")), Row(8, "", None, "not JSON")], 2) == []
 
 
 @pytest.mark.parametrize(

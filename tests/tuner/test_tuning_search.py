@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
+from adasplash_core.backend import KernelConfig
 from adasplash_core.errors import ConfigRejectedError
+from adasplash_tuner.compiling import Preparation, Unprepared
 from adasplash_tuner.key import TuningKey
 from adasplash_tuner.records import BestConfig, Measurement, config_text
 from adasplash_tuner.search import Outcome, Progress, Search
-from adasplash_tuner.statistics import Samples, compare, is_faster
+from adasplash_tuner.statistics import Samples, compare, is_faster, is_no_faster
 from adasplash_tuner.store import TuningStore
 from tests.tuner.fakes import BlockConfig
 
@@ -22,6 +24,7 @@ class Device:
     """Runs configs in ``times`` seconds with relative noise, and counts how often each ran."""
 
     first_run_counts = True
+    labels = ("the only input",)
 
     def __init__(
         self, times: Callable[[BlockConfig], float], noise: float = 0.0, error: Callable[[BlockConfig], float] = lambda _c: 1e-4
@@ -66,6 +69,8 @@ def search(
     incumbent: BestConfig | None = None,
     fresh: bool = False,
     observe: Callable[[Progress], None] = lambda _p: None,
+    announce: Callable[[KernelConfig], None] = lambda _c: None,
+    preparation: Preparation | None = None,
 ) -> Outcome:
     device.now = 0.0
     made = Search(
@@ -80,6 +85,8 @@ def search(
         incumbent=incumbent,
         fresh=fresh,
         observe=observe,
+        announce=announce,
+        preparation=preparation or Unprepared(),
         clock=lambda: device.now,
     )
     return made.run()
@@ -305,6 +312,88 @@ def test_progress_tells_stage_default_and_best(store: TuningStore, key: TuningKe
     assert seen[-1].default_ms == pytest.approx(1600)
 
 
+# -- compiling ahead, and what comes next --------------------------------------------------------------------------------------------
+
+
+class Compiler:
+    """Has configs ready in an order of its own, and refuses some."""
+
+    width = 3
+
+    def __init__(self, device: Device, refuses: Callable[[BlockConfig], str] = lambda _c: "") -> None:
+        self.device, self.refuses = device, refuses
+        self.waiting: list[BlockConfig] = []
+        self.submitted: list[BlockConfig] = []
+
+    def submit(self, config: KernelConfig) -> None:
+        assert isinstance(config, BlockConfig)
+        self.waiting.append(config)
+        self.submitted.append(config)
+        assert len(self.waiting) <= self.width
+
+    def next(self, timeout_s: float) -> tuple[KernelConfig, str] | None:
+        if timeout_s < 0:
+            return None
+        config = self.waiting.pop()  # the last first
+        return config, self.refuses(config)
+
+    def close(self) -> None:
+        self.waiting.clear()
+
+
+def test_a_config_that_does_not_compile_never_runs_and_is_remembered(store: TuningStore, key: TuningKey) -> None:
+    device = Device(slope)
+    compiler = Compiler(device, lambda c: "spills 400 bytes" if c.block_n == 160 else "")
+    outcome = search(device, store, key, preparation=compiler)
+    assert outcome.best.config["block_n"] in (144, 176)
+    assert list(outcome.refused.values()) == ["spills 400 bytes"]
+    assert BlockConfig(160, 8) not in device.checked
+    assert DEFAULT not in compiler.submitted  # it runs whatever it spills
+    again = Compiler(device)
+    search(device, store, key, preparation=again, incumbent=winner(store))
+    assert again.submitted == []
+
+
+def test_every_config_is_announced_before_it_first_runs(store: TuningStore, key: TuningKey) -> None:
+    device = Device(slope)
+    announced: list[BlockConfig] = []
+
+    def announce(config: KernelConfig) -> None:
+        assert config not in device.checked
+        announced.append(config)  # type: ignore[arg-type]
+
+    search(device, store, key, announce=announce)
+    assert announced == device.checked
+
+
+def test_with_little_time_the_neighbours_of_the_best_come_before_the_rest(store: TuningStore, key: TuningKey) -> None:
+    """A space of 400, of which a tenth can be measured: the best of it is found all the same."""
+
+    def bowl(config: BlockConfig) -> float:
+        return 1.0 + abs(config.block_n - 256) / 128 + abs(config.iterations - 15) / 8
+
+    space = [BlockConfig(16 * (n + 1), iterations) for n in range(20) for iterations in range(1, 21)]
+    random.Random(1).shuffle(space)
+    device = Device(bowl, noise=0.002)
+    outcome = search(device, store, key, space=space, budget_s=300.0)
+    assert outcome.left > 320
+    assert (outcome.best.config["block_n"], outcome.best.config["iterations"]) == (256, 15)
+
+
+def test_an_outcome_says_how_sure_it_is_and_what_each_input_gained(store: TuningStore, key: TuningKey) -> None:
+    outcome = search(Device(slope, noise=0.01), store, key)
+    assert outcome.gain_interval is not None
+    low, high = outcome.gain_interval
+    assert low < 1.6 < high
+    assert high / low < 1.1
+    (times,) = outcome.by_input
+    assert times.label == "the only input"
+    assert times.best_ms == pytest.approx(outcome.best.median_ms)
+    assert outcome.error_bound == 1e-3
+    assert {m.config["block_n"] for m in outcome.measurements} == {c.block_n for c in candidates()}
+    assert outcome.costs.candidate_s == pytest.approx(2 * sum(map(slope, candidates())) / 12, rel=0.3)
+
+
 # -- statistics -------------------------------------------------------------------------------------------------------------------
 
 
@@ -314,16 +403,43 @@ def rounds(*values: float) -> Samples:
 
 def test_a_machine_that_slows_down_does_not_change_a_paired_comparison() -> None:
     default, candidate = rounds(10, 20, 40, 80), rounds(9, 18, 36, 72)
-    ratio, noise = compare(candidate, default)
-    assert ratio == pytest.approx(0.9)
-    assert noise == pytest.approx(0, abs=1e-12)
+    found = compare(candidate, default)
+    assert found.ratio == pytest.approx(0.9)
+    assert found.noise == pytest.approx(0, abs=1e-12)
+    assert found.interval == pytest.approx((0.9, 0.9))
     assert is_faster(candidate, default)
 
 
 def test_a_short_input_weighs_as_much_as_a_long_one() -> None:
     default = Samples([[1.0, 1000.0]] * 5)
     candidate = Samples([[0.5, 2000.0]] * 5)
-    assert compare(candidate, default)[0] == pytest.approx(1.0)
+    assert compare(candidate, default).ratio == pytest.approx(1.0)
+    assert default.median_ms / candidate.median_ms == pytest.approx(1.0)
+
+
+def test_a_config_that_is_slower_on_one_input_is_not_taken_however_fast_it_is_on_the_others() -> None:
+    default = Samples([[1.0, 1.0, 1.0]] * 9)
+    assert is_faster(Samples([[0.5, 0.5, 1.005]] * 9), default)
+    slower_on_one = Samples([[0.5, 0.5, 1.03]] * 9)
+    assert not is_faster(slower_on_one, default)
+    assert is_no_faster(slower_on_one, default)
+
+
+def test_what_may_be_noise_on_one_input_does_not_refuse_a_gain_on_all() -> None:
+    noisy = [1.0, 1.4, 0.8, 1.3, 1.1, 1.35, 0.9, 1.2, 1.05]
+    default = Samples([[1.0, 1.0]] * 9)
+    candidate = Samples([[0.3, value] for value in noisy])
+    assert is_faster(candidate, default)
+    assert not is_no_faster(candidate, default)
+
+
+def test_the_interval_is_wider_the_noisier_and_the_fewer_the_rounds() -> None:
+    def width(*values: float) -> float:
+        low, high = compare(rounds(*values), rounds(*[1.0] * len(values))).interval
+        return high / low
+
+    calm, few, noisy = width(*[0.9, 0.91, 0.89] * 3), width(0.9, 0.91, 0.89), width(*[0.9, 1.0, 0.8] * 3)
+    assert 1 < calm < few < noisy
 
 
 def test_there_is_no_verdict_from_two_rounds() -> None:

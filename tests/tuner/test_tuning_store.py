@@ -47,6 +47,14 @@ def test_reading_never_makes_a_file(store: TuningStore, database: Path, key: Tun
     assert not database.exists()
 
 
+def test_a_file_that_is_deleted_while_a_process_writes_is_made_anew(store: TuningStore, database: Path) -> None:
+    store.publish(record())
+    for path in database.parent.iterdir():
+        path.unlink()
+    assert store.publish(record(block_n=32, median_ms=5.0))
+    assert stored(store) == [record(block_n=32, median_ms=5.0)]
+
+
 def test_a_slower_result_does_not_replace_a_faster_one_whatever_the_clock_says(store: TuningStore) -> None:
     store.publish(record(block_n=128, median_ms=1.0, measured_at=2_000_000_000))
     assert not store.publish(record(block_n=64, median_ms=1.1, measured_at=2_100_000_000))

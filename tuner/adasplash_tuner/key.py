@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from adasplash_core.backend import AttentionBackend
     from adasplash_core.device import DeviceInfo
     from adasplash_core.spec import AttentionSpec, Pass
+    from adasplash_tuner.records import Row
 
 UNKNOWN = 0
 """The bucket of a length that is not known (while ``torch.compile`` traces)."""
@@ -149,6 +151,21 @@ def mask_class(spec: AttentionSpec) -> str:
     return "window" if spec.window else "plain"
 
 
+def alpha_classes(key: TuningKey) -> tuple[str, ...]:
+    """The classes of alpha whose results may serve a key, its own first.
+
+    ``any``, an alpha that only the device knows, is what every call has under ``torch.compile``. Few will tune for it, and 1.5 is
+    what it mostly is.
+    """
+    return ("any", "1.5") if key.alpha_class == "any" else (key.alpha_class,)
+
+
+def problem_fields(key: TuningKey) -> tuple[str, ...]:
+    """Fields that a row must share with ``key`` to be about the same problem, but for alpha: unknown sizes match every size."""
+    unknown = {n for n in SIZE_FIELDS if getattr(key, n) == UNKNOWN}
+    return tuple(n for n in PROBLEM_FIELDS if n != "alpha_class" and n not in unknown)
+
+
 def space_version(backend: AttentionBackend, pass_: Pass) -> str:
     """Fingerprint of the config class: its name, its fields and their types. The list of candidates may change freely."""
     cls = backend.config_class(pass_)
@@ -186,13 +203,24 @@ def tuning_key(backend: AttentionBackend, spec: AttentionSpec, device: DeviceInf
     )
 
 
-def closest(key: TuningKey, stored: list[TuningKey]) -> TuningKey | None:
-    """The stored key that differs from ``key`` in the fewest fields, problem fields weighing most."""
+def is_of_machine(key: TuningKey, device: DeviceInfo) -> bool:
+    """Whether a key's machine fields are those of ``device``."""
+    here = (device.type, device.name, device.capability_name, device.multiprocessors)
+    return tuple(getattr(key, n) for n in MACHINE_FIELDS) == here
 
-    def distance(other: TuningKey) -> tuple[int, float]:
-        names = key.differences(other)
-        weight = sum(3 if n in PROBLEM_FIELDS else 2 if n in MACHINE_FIELDS else 1 for n in names)
+
+def weight(name: str) -> int:
+    """How much a difference in one field counts when the nearest key is looked for."""
+    return 3 if name in PROBLEM_FIELDS else 2 if name in MACHINE_FIELDS else 1
+
+
+def nearest(key: TuningKey, rows: Iterable[Row], limit: int) -> list[Row]:
+    """The usable rows whose keys differ from ``key`` in the fewest fields; of equally many, those with the nearest sizes."""
+
+    def distance(row: Row) -> tuple[int, float]:
+        assert row.record is not None
+        other = row.record.key
         steps = sum(abs(math.log2(max(getattr(key, n), 1) / max(getattr(other, n), 1))) for n in SIZE_FIELDS)
-        return weight, steps
+        return sum(map(weight, key.differences(other))), steps
 
-    return min(stored, key=distance, default=None)
+    return sorted((row for row in rows if row.usable is not None), key=distance)[:limit]

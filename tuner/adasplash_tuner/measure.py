@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,71 +15,14 @@ from adasplash_core.backend import AttentionBackend, AttentionCall, ForwardResul
 from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import Pass
 from adasplash_core.testing import oracle
+from adasplash_tuner.clocks import CpuTimer, Sampler, Timer, timer_for
 
 MAX_ROWS = 64
 _ORACLE_SCORES = 2**23
 """Scores that the oracle holds at once, each costing about 80 bytes."""
 
-
-class Timer(Protocol):
-    first_run_counts: bool
-    """Whether a first run takes about as long as later ones; False where it compiles."""
-
-    def time_ms(self, run: Callable[[], Any]) -> float:
-        """Milliseconds of one run, nothing else on the device."""
-        ...
-
-
-class CpuTimer:
-    """Wall clock: the least of a few runs, as other processes can only add to a run's time.
-
-    Runs are repeated for ``least_ms``, and at least twice unless one takes longer than ``long_ms``.
-    """
-
-    first_run_counts = True
-
-    def __init__(self, least_ms: float = 20.0, long_ms: float = 500.0, most_runs: int = 50) -> None:
-        self.least_ms, self.long_ms, self.most_runs = least_ms, long_ms, most_runs
-
-    def time_ms(self, run: Callable[[], Any]) -> float:
-        best, total, runs = math.inf, 0.0, 0
-        while total < self.least_ms or (runs < 2 and total < self.long_ms):
-            start = time.perf_counter()
-            run()
-            elapsed = (time.perf_counter() - start) * 1e3
-            best, total, runs = min(best, elapsed), total + elapsed, runs + 1
-            if runs == self.most_runs:
-                break
-        return best
-
-
-class CudaTimer:
-    """CUDA events around one run, after the L2 cache was overwritten.
-
-    Overwriting it takes longer than launching the run does, so launches are hidden and the events see the device only.
-    """
-
-    first_run_counts = False
-
-    def __init__(self, device: torch.device, cold_l2: bool = True) -> None:
-        self.device = device
-        l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 * 2**20)
-        self._flush = torch.empty(max(l2_bytes * 2, 2**27), dtype=torch.int8, device=device) if cold_l2 else None
-
-    def time_ms(self, run: Callable[[], Any]) -> float:
-        with torch.cuda.device(self.device):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if self._flush is not None:
-                self._flush.zero_()
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end))
-
-
-def timer_for(device: torch.device) -> Timer:
-    return CudaTimer(device) if device.type == "cuda" else CpuTimer()
+_PREPARED = 6
+"""Configs whose samplers are kept: those of a final. A CUDA graph holds the memory of one run."""
 
 
 @dataclass(eq=False)
@@ -125,6 +69,8 @@ class Bench:
         self.default = backend.default_config(spec, device, pass_)
         kind = _ForwardCase if pass_ == "forward" else _BackwardCase
         self.cases: list[_MeasuredCase] = [kind(backend, device, case) for case in cases]
+        self.labels = tuple(case.label for case in cases)
+        self._samplers: OrderedDict[KernelConfig, list[Sampler]] = OrderedDict()
 
     def check(self, config: KernelConfig) -> tuple[float, float]:
         """Run once on every input: the largest relative error against the oracle, and the milliseconds of all runs."""
@@ -141,9 +87,16 @@ class Bench:
         return error, elapsed
 
     def time(self, config: KernelConfig) -> list[float]:
-        """One sample in milliseconds for each input."""
+        """One sample in milliseconds for each input, of a config that was checked."""
         with torch.no_grad():
-            return [self.timer.time_ms(lambda case=case: case.run(config)) for case in self.cases]  # type: ignore[misc]
+            samplers = self._samplers.get(config)
+            if samplers is None:
+                samplers = [self.timer.prepare(lambda case=case: case.run(config)) for case in self.cases]  # type: ignore[misc]
+                self._samplers[config] = samplers
+                while len(self._samplers) > _PREPARED:
+                    self._samplers.popitem(last=False)
+            self._samplers.move_to_end(config)
+            return [sample() for sample in samplers]
 
     @property
     def first_run_counts(self) -> bool:
@@ -195,3 +148,6 @@ class _BackwardCase:
             self.reference = (result.key, result.value)
             return error
         return max([error, *map(oracle.relative_error, (result.key, result.value), self.reference)])
+
+
+__all__ = ["Bench", "Case", "CpuTimer", "Timer", "sample_rows", "timer_for"]

@@ -1,99 +1,95 @@
-"""The database's tables. Every column of the key is NOT NULL; configs are canonical JSON text, parsed by ``records``."""
+"""The database's tables, as SQLAlchemy Core knows them.
+
+A change here needs a migration in ``migrations/versions``, and the next ``SCHEMA_VERSION`` in ``schema.py``; a test compares the two.
+"""
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Float, ForeignKey, Integer, String, Text, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy import BigInteger, Boolean, Column, Float, ForeignKey, Integer, MetaData, String, Table, Text
+from sqlalchemy import PrimaryKeyConstraint as PrimaryKey
+from sqlalchemy import UniqueConstraint as Unique
 
 from adasplash_tuner.key import KEY_FIELDS
-
-SCHEMA_VERSION = 1
+from adasplash_tuner.schema import META_TABLE, REVISION_TABLE
 
 _BIG = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts ids only in INTEGER columns
 
+metadata = MetaData()
 
-class Base(DeclarativeBase):
-    pass
+META = Table(  # facts about the database itself: ``schema_version`` and ``readable_from``
+    META_TABLE,
+    metadata,
+    Column("name", String(100), primary_key=True),
+    Column("value", Text, nullable=False),
+)
 
+REVISION = Table(  # Alembic's, which is not asked for it: importing Alembic takes longer than a look-up
+    REVISION_TABLE,
+    metadata,
+    Column("version_num", String(32), nullable=False),
+    PrimaryKey("version_num", name="adasplash_revision_pkc"),
+)
 
-class Meta(Base):
-    """Facts about the database itself, such as ``schema_version``."""
+KEYS = Table(  # one TuningKey a row, field by field: its docstring says what they are
+    "adasplash_keys",
+    metadata,
+    Column("id", _BIG, primary_key=True),
+    Column("backend", String, nullable=False),
+    Column("pass_", String, nullable=False),
+    Column("dtype", String, nullable=False),
+    Column("head_dim", Integer, nullable=False),
+    Column("head_dim_v", Integer, nullable=False),
+    Column("q_bucket", BigInteger, nullable=False),
+    Column("kv_bucket", BigInteger, nullable=False),
+    Column("batch_heads_bucket", Integer, nullable=False),
+    Column("gqa_bucket", Integer, nullable=False),
+    Column("causal", Boolean, nullable=False),
+    Column("mask_class", String, nullable=False),
+    Column("alpha_class", String, nullable=False),
+    Column("deterministic", Boolean, nullable=False),
+    Column("device_type", String, nullable=False),
+    Column("device_name", String, nullable=False),
+    Column("capability", String, nullable=False),
+    Column("multiprocessors", Integer, nullable=False),
+    Column("code_hash", String, nullable=False),
+    Column("space_version", String, nullable=False),
+    Column("toolchain", String, nullable=False),
+    Column("readable", Text, nullable=False),
+    Unique(*KEY_FIELDS, name="adasplash_keys_unique"),
+)
 
-    __tablename__ = "adasplash_meta"
+BEST = Table(  # the winner of a key, at most one; its config is canonical JSON, parsed by ``records``
+    "adasplash_best",
+    metadata,
+    Column("key_id", _BIG, ForeignKey(KEYS.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("config", Text, nullable=False),
+    Column("median_ms", Float(53), nullable=False),
+    Column("spread_ms", Float(53), nullable=False),
+    Column("default_ms", Float(53), nullable=False),
+    Column("error", Float(53), nullable=False),
+    Column("shape", Text, nullable=False),
+    Column("inputs", Text, nullable=False),
+    Column("samples", Integer, nullable=False),
+    Column("measured_at", BigInteger, nullable=False),  # Unix seconds: no dialect's time zones to disagree about
+    Column("version", String, nullable=False),
+    Column("quarantined", Text, nullable=False),
+)
 
-    name: Mapped[str] = mapped_column(String(100), primary_key=True)
-    value: Mapped[str] = mapped_column(Text)
-
-
-class KeyRow(Base):
-    """One :class:`~adasplash_tuner.key.TuningKey`, field by field."""
-
-    __tablename__ = "adasplash_keys"
-    __table_args__ = (UniqueConstraint(*KEY_FIELDS, name="adasplash_keys_unique"),)
-
-    id: Mapped[int] = mapped_column(_BIG, primary_key=True)
-    backend: Mapped[str]
-    pass_: Mapped[str]
-    dtype: Mapped[str]
-    head_dim: Mapped[int]
-    head_dim_v: Mapped[int]
-    q_bucket: Mapped[int] = mapped_column(BigInteger)
-    kv_bucket: Mapped[int] = mapped_column(BigInteger)
-    batch_heads_bucket: Mapped[int]
-    gqa_bucket: Mapped[int]
-    causal: Mapped[bool]
-    mask_class: Mapped[str]
-    alpha_class: Mapped[str]
-    deterministic: Mapped[bool]
-    device_type: Mapped[str]
-    device_name: Mapped[str]
-    capability: Mapped[str]
-    multiprocessors: Mapped[int]
-    code_hash: Mapped[str]
-    space_version: Mapped[str]
-    toolchain: Mapped[str]
-    readable: Mapped[str] = mapped_column(Text)
-
-    best: Mapped[BestRow | None] = relationship(back_populates="key", passive_deletes=True)
-
-
-class BestRow(Base):
-    """The winner of a key, at most one."""
-
-    __tablename__ = "adasplash_best"
-
-    key_id: Mapped[int] = mapped_column(_BIG, ForeignKey(KeyRow.id, ondelete="CASCADE"), primary_key=True)
-    config: Mapped[str] = mapped_column(Text)
-    median_ms: Mapped[float] = mapped_column(Float(53))
-    spread_ms: Mapped[float] = mapped_column(Float(53))
-    default_ms: Mapped[float] = mapped_column(Float(53))
-    error: Mapped[float] = mapped_column(Float(53))
-    shape: Mapped[str] = mapped_column(Text)
-    inputs: Mapped[str] = mapped_column(Text)
-    samples: Mapped[int]
-    measured_at: Mapped[int] = mapped_column(BigInteger)  # Unix seconds: no dialect's time zones to disagree about
-    version: Mapped[str]
-    quarantined: Mapped[str] = mapped_column(Text)
-
-    key: Mapped[KeyRow] = relationship(back_populates="best")
-
-
-class MeasurementRow(Base):
-    """Every measurement ever made, also of configs that failed: a changed list of candidates throws nothing away."""
-
-    __tablename__ = "adasplash_measurements"
-
-    id: Mapped[int] = mapped_column(_BIG, primary_key=True)
-    key_id: Mapped[int] = mapped_column(_BIG, ForeignKey(KeyRow.id, ondelete="CASCADE"), index=True)
-    config: Mapped[str] = mapped_column(Text)
-    shape: Mapped[str] = mapped_column(Text)
-    inputs: Mapped[str] = mapped_column(Text)
-    stage: Mapped[str]
-    status: Mapped[str]
-    measured_at: Mapped[int] = mapped_column(BigInteger)
-    version: Mapped[str]
-    median_ms: Mapped[float | None] = mapped_column(Float(53))
-    spread_ms: Mapped[float | None] = mapped_column(Float(53))
-    samples: Mapped[int]
-    error: Mapped[float | None] = mapped_column(Float(53))
-    note: Mapped[str] = mapped_column(Text)
+MEASUREMENTS = Table(  # all that was ever measured, failures too: a changed list of candidates throws nothing away
+    "adasplash_measurements",
+    metadata,
+    Column("id", _BIG, primary_key=True),
+    Column("key_id", _BIG, ForeignKey(KEYS.c.id, ondelete="CASCADE"), index=True, nullable=False),
+    Column("config", Text, nullable=False),
+    Column("shape", Text, nullable=False),
+    Column("inputs", Text, nullable=False),
+    Column("stage", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("measured_at", BigInteger, nullable=False),
+    Column("version", String, nullable=False),
+    Column("median_ms", Float(53)),
+    Column("spread_ms", Float(53)),
+    Column("samples", Integer, nullable=False),
+    Column("error", Float(53)),
+    Column("note", Text, nullable=False),
+)

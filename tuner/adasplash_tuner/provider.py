@@ -1,22 +1,21 @@
 """The ConfigProvider: answers the core's look-ups from the user's database and from the configs shipped with the package.
 
 The first look-up of a bucket asks the database, later ones a dictionary. A database that cannot be used costs one warning, never a
-call. SQLAlchemy is imported when there is a database to ask.
+call. SQLAlchemy is imported for PostgreSQL and to write: Python's own driver looks up in a SQLite file.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from adasplash_core.configs import FoundConfig, Rung, warn_once
-from adasplash_core.errors import ConfigError, StoreError
+from adasplash_core.errors import ArgumentError, ConfigError, StoreError
 from adasplash_core.spec import PASSES
-from adasplash_tuner.exchange import shipped_records
 from adasplash_tuner.key import (
     CODE_FIELDS,
     MACHINE_FIELDS,
@@ -24,22 +23,37 @@ from adasplash_tuner.key import (
     SIZE_FIELDS,
     UNKNOWN,
     TuningKey,
-    closest,
+    alpha_classes,
     tuning_key,
 )
-from adasplash_tuner.location import locate
-from adasplash_tuner.records import BestConfig, config_text
+from adasplash_tuner.location import MODE_VARIABLE, CacheMode, cache_mode, locate
+from adasplash_tuner.records import BestConfig, Row, config_text
+from adasplash_tuner.snapshot import Snapshot, shipped
+from adasplash_tuner.sqlite_file import SqliteLookup
 
 if TYPE_CHECKING:
     from adasplash_core.backend import AttentionBackend, KernelConfig
     from adasplash_core.device import DeviceInfo
     from adasplash_core.spec import AttentionSpec, Pass
-    from adasplash_tuner.store import Row, TuningStore
 
 T = TypeVar("T")
 
+LOOKUP_TIMEOUT_S = 1.0
+"""A call must not wait long for a database: it can do without."""
+
 RETRY_S = 60.0
 """A database that failed is asked again after this long: a lock passes, and waiting for it at every new bucket would hurt."""
+
+_SAME_PROBLEM = tuple(n for n in PROBLEM_FIELDS if n != "alpha_class")
+
+
+class Source(Protocol):
+    """What is asked of a :class:`~adasplash_tuner.store.TuningStore` or a :class:`~adasplash_tuner.snapshot.Snapshot`."""
+
+    @property
+    def location(self) -> object: ...
+    def rows_for_problem(self, key: TuningKey, alpha_classes: Sequence[str] = ()) -> list[Row]: ...
+    def nearest(self, key: TuningKey, limit: int = 3) -> list[Row]: ...
 
 
 class TunedConfigs:
@@ -56,24 +70,24 @@ class TunedConfigs:
     def __init__(self, location: str | None = None, pretuned: Path | None = None) -> None:
         self._location_text = location
         self._pretuned = pretuned
-        self._store: TuningStore | None = None
         self._lock = threading.RLock()
-        self._answers: dict[TuningKey, FoundConfig] = {}
-        self._fastest: dict[tuple[tuple[str, ...], bool, TuningKey], str | None] = {}
         self._rejected: set[tuple[TuningKey, str]] = set()
-        self._failed_at = -RETRY_S
+        self.clear()
 
     def clear(self) -> None:
-        """Forget all answers, so that new results and another ``ADASPLASH_DB`` are seen."""
+        """Forget all answers, so that new results, another ``ADASPLASH_DB`` and another ``ADASPLASH_CACHE_MODE`` are seen."""
         with self._lock:
-            self._answers.clear()
-            self._fastest.clear()
+            self._answers: dict[TuningKey, FoundConfig] = {}
+            self._fastest: dict[tuple[tuple[str, ...], bool, TuningKey], str | None] = {}
+            self._source: Source | None = None
+            self._known_mode: CacheMode | None = None
             self._failed_at = -RETRY_S
-            self._store = None
 
     # -- the protocol -------------------------------------------------------------------------------------------------------
 
     def find(self, backend: AttentionBackend, spec: AttentionSpec, device: DeviceInfo, pass_: Pass) -> FoundConfig | None:
+        if self._mode is CacheMode.OFF:
+            return FoundConfig(backend.default_config(spec, device, pass_), Rung.HEURISTIC, f"{MODE_VARIABLE} is 'off'")
         key = tuning_key(backend, spec, device, pass_)
         with self._lock:
             if (found := self._answers.get(key)) is None:
@@ -81,31 +95,32 @@ class TunedConfigs:
         return found
 
     def fastest(self, backends: Iterable[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> str | None:
-        """The backend with the least time for forward and (if needed) backward, of those measured on this machine.
+        """The backend with the least time for forward and (if needed) backward, of those measured here, or on such a GPU.
 
         Only times on the same inputs are compared, and at least two backends must have them: a backend that was measured alone says
         nothing of the others. While lengths are unknown, the totals over the buckets that all of them were measured in are compared.
         """
         ordered = sorted(backends, key=lambda b: b.name)
-        if len(ordered) < 2:
+        if len(ordered) < 2 or self._mode is CacheMode.OFF:
             return None
-        passes: tuple[Pass, ...] = PASSES if spec.needs_grad else PASSES[:1]
         memory = (tuple(b.name for b in ordered), spec.needs_grad, tuning_key(ordered[0], spec, device, "forward"))
         with self._lock:
             if memory not in self._fastest:
-                times = {b.name: self._times(b, spec, device, passes) for b in ordered}
-                self._fastest[memory] = _least(times)
+                self._fastest[memory] = self._measured_fastest(ordered, spec, device)
             return self._fastest[memory]
 
     def reject(
         self, backend: AttentionBackend, spec: AttentionSpec, device: DeviceInfo, pass_: Pass, config: KernelConfig, why: str
     ) -> None:
+        if self._mode is CacheMode.OFF:
+            return
         key, values = tuning_key(backend, spec, device, pass_), config.to_dict()
         with self._lock:
             self._rejected.add((key, config_text(values)))
             self._answers.pop(key, None)
+            fields = (*MACHINE_FIELDS, "alpha_class")  # one that was lent from another class may well run for its own
             for row in self._rows(key):
-                if row.usable and row.usable.config == values and row.usable.key.same(key, MACHINE_FIELDS):
+                if row.usable and row.usable.config == values and row.usable.key.same(key, fields):
                     self._quarantine(row, f"does not run: {why}")
 
     # -- the ladder ---------------------------------------------------------------------------------------------------------
@@ -114,21 +129,27 @@ class TunedConfigs:
         self, backend: AttentionBackend, spec: AttentionSpec, device: DeviceInfo, pass_: Pass, key: TuningKey
     ) -> FoundConfig:
         rows = self._rows(key)
-        stored = [r for row in rows if (r := row.usable) is not None and r.key.same(key, PROBLEM_FIELDS)]
-        shipped = [r for r in shipped_records(self._pretuned) if r.key.same(key, PROBLEM_FIELDS)]
+        for rung, record in self._records(key, rows):
+            config = self._parse(backend, pass_, key, record, rows)
+            if config is not None:
+                return FoundConfig(config, rung, _account(record, key), record.median_ms)
+        return FoundConfig(backend.default_config(spec, device, pass_), Rung.HEURISTIC, self._explain_miss(key, rows))
+
+    def _records(self, key: TuningKey, rows: list[Row]) -> Iterator[tuple[Rung, BestConfig]]:
+        """What may answer, best first. The shipped files are not read before they are needed."""
+        stored = [r for row in rows if (r := row.usable) is not None and r.key.same(key, _SAME_PROBLEM)]
         here = [r for r in stored if r.key.same(key, MACHINE_FIELDS)]
-        by_rung = {
-            Rung.USER_DATABASE: [r for r in here if r.key == key],
-            Rung.STALE: [r for r in here if r.key != key],
-            Rung.SHIPPED: [r for r in shipped if r.key.same(key, MACHINE_FIELDS)],
-            Rung.SAME_CAPABILITY: [r for r in [*stored, *shipped] if _alike(r.key, key)],
-        }
-        for rung, records in by_rung.items():
-            for record in sorted(records, key=lambda r: _preference(r, key)):
-                config = self._parse(backend, pass_, key, record, rows)
-                if config is not None:
-                    return FoundConfig(config, rung, _account(record, key, rung), record.median_ms)
-        return FoundConfig(backend.default_config(spec, device, pass_), Rung.HEURISTIC, self._explain_miss(key))
+        yield from _ranked(Rung.USER_DATABASE, (r for r in here if r.key.same(key, CODE_FIELDS)), key)
+        if self._mode is CacheMode.FROZEN:
+            return
+        yield from _ranked(Rung.STALE, (r for r in here if not r.key.same(key, CODE_FIELDS)), key)
+        found = shipped(self._pretuned).rows_for_problem(key, alpha_classes(key))
+        for row in found:
+            if row.record is None:
+                warn_once(f"A tuned config shipped with the package is passed over ({row.readable}): {row.problem}")
+        pretuned = [r for row in found if (r := row.usable) is not None and r.key.same(key, _SAME_PROBLEM)]
+        yield from _ranked(Rung.SHIPPED, (r for r in pretuned if r.key.same(key, MACHINE_FIELDS)), key)
+        yield from _ranked(Rung.SAME_CAPABILITY, (r for r in [*stored, *pretuned] if _alike(r.key, key)), key)
 
     def _parse(
         self, backend: AttentionBackend, pass_: Pass, key: TuningKey, record: BestConfig, rows: list[Row]
@@ -145,82 +166,135 @@ class TunedConfigs:
                         self._quarantine(row, f"is no {backend.name} config: {error}")
             return None
 
-    def _explain_miss(self, key: TuningKey) -> str:
-        advice = "run `adasplash tune`"
+    def _explain_miss(self, key: TuningKey, rows: list[Row]) -> str:
+        """Why nothing tuned answers: the key, and in which fields the nearest rows differ."""
+        advice = "" if self._mode is not CacheMode.READWRITE else ": run `adasplash tune`"
         if UNKNOWN in (key.q_bucket, key.kv_bucket, key.batch_heads_bucket):
             return "configs are looked up by lengths and batch size, which are not known here"
-        store = self._opened()
-        if store is None:
-            return f"nothing is tuned on this machine: {advice}"
-        nearest = closest(key, self._guarded(lambda: store.candidates_for_closest(key), []))
-        if nearest is None:
-            return f"nothing is tuned for {key.backend} {key.pass_} in {store.location}: {advice}"
-        differs = "; ".join(
-            f"{name} is {theirs!r} there and {mine!r} here" for name, (mine, theirs) in key.differences(nearest).items()
-        )
-        if not differs:
-            return f"the tuned config is not usable (`adasplash cache verify` says why): {advice}"
-        return f"nothing is tuned for {key.problem()}; in the nearest tuned key {differs}: {advice}"
+        source = self._opened()
+        if source is None:
+            return f"nothing is tuned on this machine{advice}{_key_line(key)}"
+        shelved = next((r.record.quarantined for r in rows if r.record is not None and r.record.key == key), "")
+        if shelved:
+            return f"the config tuned for this key is in quarantine ({shelved}){advice}{_key_line(key)}"
+        nothing: list[Row] = []
+        nearest = self._guarded(lambda: source.nearest(key), nothing)
+        if not nearest:
+            return f"nothing is tuned for {key.backend} {key.pass_} in {_named(source)}{advice}{_key_line(key)}"
+        lines = []
+        for row in nearest:
+            assert row.record is not None
+            differs = "; ".join(
+                f"{name} is {theirs!r} there and {mine!r} here"
+                for name, (mine, theirs) in key.differences(row.record.key).items()
+            )
+            lines.append(f"\n  near: row {row.id}: {differs or 'no field differs, but its config does not run here'}")
+        frozen = f" ({MODE_VARIABLE} is 'frozen')" if self._mode is CacheMode.FROZEN else ""
+        return f"nothing is tuned for this key in {_named(source)}{frozen}{advice}{_key_line(key)}{''.join(lines)}"
 
-    def _times(
-        self, backend: AttentionBackend, spec: AttentionSpec, device: DeviceInfo, passes: tuple[Pass, ...]
-    ) -> dict[tuple[object, ...], float]:
-        """Milliseconds by (bucket and inputs), all passes together, where every pass was measured."""
-        by_bucket: dict[tuple[object, ...], dict[str, BestConfig]] = {}
-        for pass_ in passes:
-            key = tuning_key(backend, spec, device, pass_)
-            here = [r for row in self._rows(key) if (r := row.usable) is not None and r.key.same(key, MACHINE_FIELDS)]
-            for record in sorted(here, key=lambda r: _preference(r, key), reverse=True):  # the preferred one is written last
-                bucket = (*(getattr(record.key, n) for n in SIZE_FIELDS), record.shape, record.inputs)
-                by_bucket.setdefault(bucket, {})[pass_] = record
-        return {b: sum(r.median_ms for r in found.values()) for b, found in by_bucket.items() if len(found) == len(passes)}
+    def _measured_fastest(self, backends: list[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> str | None:
+        """By this machine's own measurements if they tell, else by those shipped for this GPU."""
+        passes: tuple[Pass, ...] = PASSES if spec.needs_grad else PASSES[:1]
+        keys = {b.name: [tuning_key(b, spec, device, pass_) for pass_ in passes] for b in backends}
+        sources = (self._own, self._pretuned_here) if self._mode is not CacheMode.FROZEN else (self._own_exact,)
+        for records in sources:
+            found = {name: [(key, records(key)) for key in wanted] for name, wanted in keys.items()}
+            for alpha_class in alpha_classes(keys[backends[0].name][0]):  # its own first
+                if (fastest := _least({name: _times(pairs, alpha_class) for name, pairs in found.items()})) is not None:
+                    return fastest
+        return None
+
+    def _own(self, key: TuningKey) -> list[BestConfig]:
+        return [r for row in self._rows(key) if (r := row.usable) is not None and r.key.same(key, MACHINE_FIELDS)]
+
+    def _own_exact(self, key: TuningKey) -> list[BestConfig]:
+        return [r for r in self._own(key) if r.key.same(key, CODE_FIELDS)]
+
+    def _pretuned_here(self, key: TuningKey) -> list[BestConfig]:
+        rows = shipped(self._pretuned).rows_for_problem(key, alpha_classes(key))
+        return [r for row in rows if (r := row.usable) is not None and r.key.same(key, MACHINE_FIELDS)]
 
     # -- the database -------------------------------------------------------------------------------------------------------
 
-    def _opened(self) -> TuningStore | None:
-        """The store, or None where there is none yet or it failed a moment ago."""
-        if time.monotonic() - self._failed_at < RETRY_S:
-            return None
-        if self._store is None:
+    @property
+    def _mode(self) -> CacheMode:
+        if self._known_mode is None:
             try:
-                location = locate(self._location_text)
-            except StoreError as error:
-                self._failed(error)
-                return None
-            if not location.exists():
-                return None
-            from adasplash_tuner.store import LOOKUP_TIMEOUT_S, TuningStore
+                self._known_mode = cache_mode()
+            except ArgumentError as error:
+                warn_once(f"{error} Until then nothing is written, as with 'read'.")
+                self._known_mode = CacheMode.READ
+        return self._known_mode
 
-            self._store = TuningStore(location, busy_timeout_s=LOOKUP_TIMEOUT_S)
-        return self._store
+    def _opened(self) -> Source | None:
+        """Whom to ask, or None where there is nothing yet or it failed a moment ago."""
+        if self._source is None and time.monotonic() - self._failed_at >= RETRY_S:
+            self._source = self._guarded(self._open, None)
+        return self._source if time.monotonic() - self._failed_at >= RETRY_S else None
+
+    def _open(self) -> Source | None:
+        location = locate(self._location_text)
+        frozen = self._mode is CacheMode.FROZEN
+        if location.is_snapshot:
+            return Snapshot.load(location)
+        if not location.exists():
+            if frozen:
+                raise StoreError(str(location), f"does not exist, and {MODE_VARIABLE} is 'frozen'", "Make it, or unset that.")
+            return None
+        if location.path is not None:
+            lookup = SqliteLookup(location, LOOKUP_TIMEOUT_S)
+            if (schema := lookup.schema()) is None:
+                return None
+            if not schema.is_older:
+                schema.require_readable(location)
+                return Snapshot(location, lookup.all_rows()) if frozen else lookup
+        from adasplash_tuner.store import TuningStore  # what only SQLAlchemy can do: PostgreSQL, and an upgrade
+
+        store = TuningStore(location, busy_timeout_s=LOOKUP_TIMEOUT_S)
+        return Snapshot(location, store.rows()) if frozen else store
 
     def _rows(self, key: TuningKey) -> list[Row]:
-        store = self._opened()
-        if store is None:
+        source = self._opened()
+        if source is None:
             return []
         nothing: list[Row] = []
-        rows = self._guarded(lambda: store.rows_for_problem(key), nothing)
+        rows = self._guarded(lambda: source.rows_for_problem(key, alpha_classes(key)), nothing)
         for row in rows:
-            if row.record is None:
+            if row.record is None and not row.shelved:
                 self._quarantine(row, row.problem)
         return rows
 
     def _quarantine(self, row: Row, why: str) -> None:
-        store = self._opened()
-        if store is not None:
-            warn_once(f"A tuned config in {store.location} is no longer used (row {row.id}): {why}")
-            self._guarded(lambda: store.quarantine(row.id, why), False)
+        """Use a row no more, here and (where the mode and the database let us) elsewhere."""
+        source = self._opened()
+        if source is None:
+            return
+        warn_once(f"A tuned config in {source.location} is no longer used (row {row.id}): {why}")
+        if self._mode.writes and not isinstance(source, Snapshot):
+            from adasplash_tuner.store import TuningStore
+
+            try:
+                TuningStore(locate(self._location_text), busy_timeout_s=LOOKUP_TIMEOUT_S).quarantine(row.id, why)
+            except StoreError:
+                return  # other processes will find out by themselves: that it is not used was said
 
     def _guarded(self, ask: Callable[[], T], otherwise: T) -> T:
         try:
             return ask()
-        except StoreError as error:
-            self._failed(error)
+        except (StoreError, ArgumentError) as error:
+            # A frozen source that failed is not asked again: its answers must not change while the process lives.
+            self._failed_at = float("inf") if self._mode is CacheMode.FROZEN else time.monotonic()
+            warn_once(f"{error} Until then attention uses each backend's default configs.")
             return otherwise
 
-    def _failed(self, error: StoreError) -> None:
-        self._failed_at = time.monotonic()
-        warn_once(f"{error} Until then attention uses each backend's default configs.")
+
+def _named(source: Source) -> str:
+    digest = source.digest if isinstance(source, Snapshot) else ""
+    return f"{source.location} (sha256 {digest})" if digest else str(source.location)
+
+
+def _ranked(rung: Rung, records: Iterable[BestConfig], key: TuningKey) -> Iterator[tuple[Rung, BestConfig]]:
+    return ((rung, record) for record in sorted(records, key=lambda r: _preference(r, key)))
 
 
 def _alike(stored: TuningKey, key: TuningKey) -> bool:
@@ -230,22 +304,39 @@ def _alike(stored: TuningKey, key: TuningKey) -> bool:
     return stored.capability == key.capability if key.capability else stored.device_name == key.device_name
 
 
-def _preference(record: BestConfig, key: TuningKey) -> tuple[int, int, int]:
-    """Sorts the best guess first: nearest code, then nearest size of machine, then newest."""
+def _preference(record: BestConfig, key: TuningKey) -> tuple[bool, int, int, int]:
+    """Sorts the best guess first: the very class of alpha, then nearest code, nearest size of machine, and newest."""
     changed = sum(getattr(record.key, n) != getattr(key, n) for n in CODE_FIELDS)
-    return changed, abs(record.key.multiprocessors - key.multiprocessors), -record.measured_at
+    another_alpha = record.key.alpha_class != key.alpha_class
+    return another_alpha, changed, abs(record.key.multiprocessors - key.multiprocessors), -record.measured_at
 
 
-def _account(record: BestConfig, key: TuningKey, rung: Rung) -> str:
+def _account(record: BestConfig, key: TuningKey) -> str:
+    """Where a result is from, how good it is, and in what it differs from what was asked for."""
     when = datetime.fromtimestamp(record.measured_at, UTC).strftime("%Y-%m-%d")
     words = (
         f"measured {when} by adasplash-core {record.version} on {record.shape}, {record.inputs}: "
         f"{record.gain:.2f} times as fast as the default"
     )
     differs = key.differences(record.key)
-    if rung is not Rung.USER_DATABASE and differs:
+    if differs:
         words += "; " + ", ".join(f"{name} was {theirs!r} and is {mine!r}" for name, (mine, theirs) in differs.items())
-    return f"{words}; key: {record.key.problem()}"
+    return words + _key_line(key)
+
+
+def _key_line(key: TuningKey) -> str:
+    return f"\n  key: {key.readable()}"
+
+
+def _times(passes: list[tuple[TuningKey, list[BestConfig]]], alpha_class: str) -> dict[tuple[object, ...], float]:
+    """Milliseconds by (bucket and inputs), all passes together, where every pass was measured."""
+    by_bucket: dict[tuple[object, ...], dict[str, float]] = {}
+    for key, records in passes:
+        for record in sorted(records, key=lambda r: _preference(r, key), reverse=True):  # the preferred one is written last
+            if record.key.alpha_class == alpha_class:
+                bucket = (*(getattr(record.key, n) for n in SIZE_FIELDS), record.shape, record.inputs)
+                by_bucket.setdefault(bucket, {})[key.pass_] = record.median_ms
+    return {bucket: sum(times.values()) for bucket, times in by_bucket.items() if len(times) == len(passes)}
 
 
 def _least(times: dict[str, dict[tuple[object, ...], float]]) -> str | None:

@@ -12,6 +12,9 @@ from adasplash_tuner.key import KEY_FIELDS, TuningKey
 
 ConfigValues = dict[str, int | float | str | bool]
 
+BEST_VALUES = ("median_ms", "spread_ms", "default_ms", "error", "shape", "inputs", "samples", "measured_at", "version")
+"""What is stored of a winner besides its key, its config and why it is in quarantine."""
+
 MAX_TEXT = 500
 MAX_CONFIG_FIELDS = 64
 _INT64 = 2**63 - 1
@@ -50,6 +53,21 @@ class BestConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """A stored winner: its id, and either the record or why it does not parse (``shelved``: which was found before)."""
+
+    id: int
+    readable: str
+    record: BestConfig | None
+    problem: str = ""
+    shelved: bool = False
+
+    @property
+    def usable(self) -> BestConfig | None:
+        return self.record if self.record is not None and not self.record.quarantined else None
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """One measurement of one config. ``status``: "ok", "inaccurate" or "failed", the latter two with a note and without a time."""
 
@@ -70,6 +88,14 @@ class Measurement:
 def config_text(config: Mapping[str, Any]) -> str:
     """Canonical JSON, so that equal configs are equal strings."""
     return json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def row_of(id_: Any, readable: Any, key: Mapping[str, Any], values: Mapping[str, Any]) -> Row:
+    """A stored winner from untrusted columns; one that does not parse says why."""
+    try:
+        return Row(int(id_), str(readable), parse_best({"key": key, **values}))
+    except RecordError as error:
+        return Row(int(id_), str(readable), None, str(error), shelved=bool(values.get("quarantined")))
 
 
 def parse_best(values: Mapping[str, Any]) -> BestConfig:

@@ -1,152 +1,34 @@
-"""A tuning run on one device: which searches to make, in which order, for how long, and what becomes of them.
-
-Requests, events and outcomes are plain values that cross processes, so that several devices can be tuned side by side.
-"""
+"""A tuning run on one device: makes the planned searches one after the other within the budget, and tells how it goes."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adasplash_core import plugins
 from adasplash_core.configs import ladder
 from adasplash_core.device import DeviceInfo, device_info
 from adasplash_core.errors import ArgumentError, ConfigError, StoreError
-from adasplash_core.spec import PASSES, AttentionSpec, Pass
-from adasplash_tuner.key import TuningKey, tuning_key
+from adasplash_tuner.compiling import CompilePool, Compiler, Preparation, Unprepared, compiles_ahead
+from adasplash_tuner.events import Event, Finished, Observer, Planned, Report, Request, Step, Trying
+from adasplash_tuner.key import TuningKey
 from adasplash_tuner.location import Location, locate
-from adasplash_tuner.records import BestConfig, Measurement
+from adasplash_tuner.planning import CostModel, Planning, Problem, cost_model, plan, problems_of, set_run_times, share_of
+from adasplash_tuner.records import BestConfig, Measurement, Row, config_text
 from adasplash_tuner.search import Outcome, Progress, Search
-from adasplash_tuner.shapes import Shape, describe, profile
-from adasplash_tuner.store import Row, TuningStore, package_version
+from adasplash_tuner.shapes import profile
+from adasplash_tuner.store import TuningStore, package_version
 
 if TYPE_CHECKING:
-    from adasplash_core.backend import AttentionBackend, KernelConfig
+    from adasplash_core.backend import KernelConfig
     from adasplash_tuner.measure import Bench, Case
 
 MAX_SEEDS = 3
 """Earlier winners that compete beside the backend's candidates."""
 
-WORKLOAD_LAYERS = {"quick": 3, "full": 8}
-"""Captured layers measured for one key, spread from the first to the last: sparsity differs most along the depth."""
-
 T = TypeVar("T")
-
-_RUNS_A_CANDIDATE = 2.2  # one to check, one to time, and some that are looked at again
-_FINAL_RUNS = 40
-_PREPARE_S = 3.0  # inputs and the oracle
-_COMPILE_S = 1.0
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to tune on one device. Empty ``shapes`` and no ``workload`` mean the profile's shapes."""
-
-    device: str = "cpu"
-    backends: tuple[str, ...] = ()  # empty: every capable one
-    shapes: tuple[Shape, ...] = ()
-    workload: str | None = None
-    passes: tuple[Pass, ...] = PASSES
-    profile: str = "quick"
-    budget_s: float | None = None  # None: the profile's
-    fresh: bool = False
-    database: str | None = None  # None: ADASPLASH_DB, or the default place
-    part: tuple[int, int] = (0, 1)  # this device's share: problem i if i % part[1] == part[0]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """The first event: how many searches there will be, and about how long they take."""
-
-    device: DeviceInfo
-    searches: tuple[str, ...]
-    estimate_s: float
-    budget_s: float
-    passed_over: tuple[str, ...] = ()  # problems that no backend can do, with the reasons
-
-
-@dataclass(frozen=True)
-class Step:
-    """One search began, or went on."""
-
-    index: int
-    label: str
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Finished:
-    """One search ended, or could not be made (``outcome`` None, with the reason)."""
-
-    index: int
-    label: str
-    outcome: Outcome | None
-    problem: str = ""
-
-
-Event = Planned | Step | Finished
-Observer = Callable[[Event], None]
-
-
-@dataclass
-class Report:
-    """What a run leaves."""
-
-    device: DeviceInfo
-    database: str
-    finished: list[Finished] = field(default_factory=list)
-    passed_over: tuple[str, ...] = ()
-    store_problem: str = ""  # why results could not be kept
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return not self.store_problem and all(f.outcome is not None for f in self.finished)
-
-
-@dataclass(eq=False)
-class Problem:
-    """One spec, and the inputs on which it is measured; ``layers`` are numbers of the workload's layers."""
-
-    spec: AttentionSpec
-    shape: str
-    inputs: str
-    sparsities: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()
-
-    def work(self, pass_: Pass) -> float:
-        """Relative cost of one run."""
-        s = self.spec
-        assert s.batch is not None
-        assert s.q_len is not None
-        assert s.kv_len is not None
-        scores = s.batch * s.heads * s.q_len * s.kv_len * (0.5 if s.causal else 1.0)
-        return (
-            scores
-            * (s.head_dim + s.head_dim_v)
-            * (1.5 if pass_ == "backward" else 1.0)
-            * max(len(self.sparsities) + len(self.layers), 1)
-        )
-
-
-@dataclass(eq=False)
-class Planning:
-    """One search to be made."""
-
-    problem: Problem
-    backend: AttentionBackend
-    pass_: Pass
-    key: TuningKey
-    candidates: int
-    seconds: float = 0.0  # about how long it takes
-
-    @property
-    def label(self) -> str:
-        return f"{self.problem.shape} {self.backend.name} {self.pass_}"
 
 
 class GuardedStore:
@@ -201,68 +83,156 @@ def tune(request: Request, observe: Observer = lambda _event: None) -> Report:
         torch.cuda.set_device(device.index)
     guarded = GuardedStore(locate(request.database))
     guarded.store.engines.check_writable()
-    problems = [p for i, p in enumerate(_problems(request, device)) if i % request.part[1] == request.part[0]]
-    plannings, passed_over = _plan(request, device, problems)
-    budget = request.budget_s if request.budget_s is not None else profile(device.type, request.profile).budget_s
-    deadline = begun + budget
-    report = Report(device, str(guarded.store.location), passed_over=passed_over)
-    _estimate(request, device, plannings)
-    estimate = min(budget, sum(p.seconds for p in plannings))
-    observe(Planned(device, tuple(p.label for p in plannings), estimate, budget, passed_over))
-    for index, planning in enumerate(plannings):
-        share = planning.seconds / sum(p.seconds for p in plannings[index:])
-        left = max(deadline - time.monotonic(), 0.0)
-        try:
-            outcome = _search(
-                request, device, guarded, planning, time.monotonic() + left * share, _stepper(observe, index, planning.label)
-            )
-            finished = Finished(index, planning.label, outcome)
-        except (ArgumentError, StoreError):
-            raise
-        except Exception as failure:  # a backend whose default fails on this problem must not end the others' tuning
-            finished = Finished(index, planning.label, None, f"{type(failure).__name__}: {failure}")
-            if _is_fatal(failure):
-                report.finished.append(finished)
-                observe(finished)
-                break
-        report.finished.append(finished)
-        observe(finished)
+    costs = cost_model(request, device)
+    with CompilePool(costs.compiling) as pool:
+        run = _Run(request, device, guarded, pool, costs, observe)
+        run.all(request.started if request.started is not None else begun)
+    report = run.report
     report.store_problem = guarded.problem
     report.seconds = time.monotonic() - begun
     _forget_answers()
     return report
 
 
-def _stepper(observe: Observer, index: int, label: str) -> Callable[[Progress], None]:
-    return lambda progress: observe(Step(index, label, progress))
+class _Run:
+    """The searches of one call of :func:`tune`."""
 
+    def __init__(
+        self, request: Request, device: DeviceInfo, store: GuardedStore, pool: CompilePool, costs: CostModel, observe: Observer
+    ) -> None:
+        self.request, self.device, self.store = request, device, store
+        self.pool, self.costs, self.observe = pool, costs, observe
+        self.inputs = _Inputs(request, device)
+        self.report = Report(device, str(store.store.location))
 
-def _search(
-    request: Request,
-    device: DeviceInfo,
-    guarded: GuardedStore,
-    planning: Planning,
-    deadline: float,
-    observe: Callable[[Progress], None],
-) -> Outcome:
-    problem, backend, pass_ = planning.problem, planning.backend, planning.pass_
-    observe(Progress("preparing", 0, planning.candidates))
-    search = Search(
-        key=planning.key,
-        bench=_LazyBench(
-            lambda: _bench(request, device, problem, backend, pass_), backend.default_config(problem.spec, device, pass_)
-        ),
-        candidates=[*_winners_elsewhere(guarded, planning), *backend.tuning_space(problem.spec, device, pass_)],
-        shape=problem.shape,
-        inputs=problem.inputs,
-        memory=guarded,
-        version=package_version(),
-        deadline=deadline,
-        incumbent=guarded.incumbent(planning.key),
-        fresh=request.fresh,
-        observe=observe,
-    )
-    return search.run()
+    def all(self, started: float) -> None:
+        request = self.request
+        problems = share_of(problems_of(request, self.device), request.part)
+        plannings, self.report.passed_over = plan(request, self.device, problems)
+        for planning in plannings:
+            self._look_up(planning)
+        plannings.sort(key=lambda p: p.tuned is not None)  # what was never tuned comes before what can be tuned further
+        set_run_times([p for p in plannings if p.label not in request.given_up], self._probe_s)
+        budget = request.budget_s if request.budget_s is not None else profile(self.device.type, request.profile).budget_s
+        deadline = started + budget
+        estimate = min(budget, sum(map(self.costs.seconds, plannings)))
+        self.observe(Planned(self.device, tuple(p.label for p in plannings), estimate, budget, self.report.passed_over))
+        for index, planning in enumerate(plannings):
+            must = planning.problem is plannings[0].problem  # however short the budget, one problem is tuned in all its passes
+            finished, fatal = self._one(index, planning, plannings[index:], deadline, must)
+            self.report.finished.append(finished)
+            self.observe(finished)
+            if fatal:
+                self.report.device_lost = True
+                break
+
+    def _probe_s(self, planning: Planning) -> float:
+        self._announce(0, planning, planning.space[0])
+        return self.inputs.probe_s(planning)
+
+    def _announce(self, index: int, planning: Planning, config: KernelConfig) -> None:
+        problem, is_default = planning.problem, config == planning.space[0]
+        self.observe(Trying(index, planning.label, planning.key, problem.shape, problem.inputs, config.to_dict(), is_default))
+
+    def _look_up(self, planning: Planning) -> None:
+        """How much of a search an earlier run has made."""
+        planning.left = len(planning.space)
+        if self.request.fresh:
+            return
+        problem = planning.problem
+        measured = self.store.measurements(planning.key, shape=problem.shape, inputs=problem.inputs)
+        known = {config_text(m.config) for m in measured}
+        planning.left = sum(config_text(c.to_dict()) not in known for c in planning.space)
+        best = self.store.incumbent(planning.key)
+        same = best is not None and (best.shape, best.inputs) == (problem.shape, problem.inputs)
+        planning.tuned = best if same and any(m.stage == "final" for m in measured) else None
+
+    def _one(
+        self, index: int, planning: Planning, ahead: Sequence[Planning], deadline: float, must: bool
+    ) -> tuple[Finished, bool]:
+        """One search, and whether it took the device from this process."""
+        left = deadline - time.monotonic()
+        if planning.label in self.request.given_up:
+            return Finished(index, planning.label, None, "its default config ended the process"), False
+        if not (planning.done or must) and left < self.costs.least_seconds(planning):
+            return self._postponed(index, planning, left), False
+        begun = time.monotonic()
+        needed = self.costs.seconds(planning)
+        share = self.costs.share(ahead, max(left, 0.0))
+        until = begun + share
+        after = min(sum(map(self.costs.seconds, ahead[1:])), max(left - share, 0.0))
+        early = [p for p in ahead[1:] if not p.done and compiles_ahead(p.backend)][:1]
+
+        def step(progress: Progress) -> None:
+            if progress.stage == "final" and early:
+                self._compile_early(early.pop())
+            now = time.monotonic()
+            own = min(until - now, needed - (now - begun))  # its share of the time, or less if it needs less
+            self.observe(Step(index, planning.label, progress, max(own, 0.0) + after))
+
+        try:
+            outcome = self._search(index, planning, until, step)
+        except (ArgumentError, StoreError):
+            raise
+        except Exception as failure:  # a backend whose default fails on this problem must not end the others' tuning
+            problem = f"{type(failure).__name__}: {failure}"
+            return Finished(index, planning.label, None, problem, left_s=after), _is_fatal(failure)
+        self.costs.learn(planning, outcome)
+        return Finished(index, planning.label, outcome, left_s=after), False
+
+    def _postponed(self, index: int, planning: Planning, left: float) -> Finished:
+        """There is no time. What an earlier run chose stays, though not everything was measured."""
+        if planning.tuned is None:
+            return Finished(index, planning.label, None, postponed=True, left_s=max(left, 0.0))
+        known = self.store.measurements(planning.key, shape=planning.problem.shape, inputs=planning.problem.inputs)
+        outcome = Outcome(
+            best=planning.tuned,
+            verdict="kept",
+            default=planning.space[0].to_dict(),
+            candidates=len(planning.space),
+            measured=0,
+            left=planning.left,
+            error_bound=planning.backend.error_bound(planning.problem.spec.dtype),
+            measurements=tuple(known),
+        )
+        return Finished(index, planning.label, outcome, left_s=max(left, 0.0))
+
+    def _search(self, index: int, planning: Planning, deadline: float, step: Callable[[Progress], None]) -> Outcome:
+        problem, backend = planning.problem, planning.backend
+        step(Progress("preparing", 0, len(planning.space)))
+        default = planning.space[0]
+        bench = _LazyBench(lambda: self.inputs.bench(planning), default, backend.error_bound(problem.spec.dtype))
+        with contextlib.closing(self._preparation(planning)) as preparation:
+            search = Search(
+                key=planning.key,
+                bench=bench,
+                candidates=planning.space,
+                seeds=_winners_elsewhere(self.store, planning),
+                shape=problem.shape,
+                inputs=problem.inputs,
+                memory=self.store,
+                version=package_version(),
+                deadline=deadline,
+                incumbent=self.store.incumbent(planning.key),
+                fresh=self.request.fresh,
+                preparation=preparation,
+                observe=step,
+                announce=lambda config: self._announce(index, planning, config),
+                clock=time.monotonic,
+            )
+            return search.run()
+
+    def _compile_early(self, planning: Planning) -> None:
+        """In a final nobody compiles: the next search's default, for which the device would wait, and its first candidates can be."""
+        for config in planning.space[: self.pool.processes]:
+            job = (planning.backend, planning.problem.spec, self.device, planning.pass_, config)
+            self.pool.submit(job, lambda _report: None)
+
+    def _preparation(self, planning: Planning) -> Preparation:
+        problem, backend = planning.problem, planning.backend
+        if planning.done or not compiles_ahead(backend):
+            return Unprepared()
+        return Compiler(self.pool, backend, problem.spec, self.device, planning.pass_, planning.space[0])
 
 
 def _winners_elsewhere(guarded: GuardedStore, planning: Planning) -> Iterator[KernelConfig]:
@@ -278,9 +248,12 @@ def _winners_elsewhere(guarded: GuardedStore, planning: Planning) -> Iterator[Ke
 class _LazyBench:
     """Makes inputs and oracle when the first config runs: a search that finds everything measured needs neither."""
 
-    def __init__(self, make: Callable[[], Bench], default: Any) -> None:
-        self._make, self.default = make, default
+    def __init__(self, make: Callable[[], Bench], default: Any, bound: float) -> None:
+        self._make, self.default, self._bound = make, default, bound
         self._bench: Bench | None = None
+
+    def error_bound(self) -> float:
+        return self._bound
 
     def __getattr__(self, name: str) -> Any:
         if self._bench is None:
@@ -288,155 +261,72 @@ class _LazyBench:
         return getattr(self._bench, name)
 
 
-def _bench(request: Request, device: DeviceInfo, problem: Problem, backend: AttentionBackend, pass_: Pass) -> Bench:
+class _Inputs:
+    """Makes benches, and keeps the inputs of the last problem: its other passes and backends are measured on the same."""
+
+    def __init__(self, request: Request, device: DeviceInfo) -> None:
+        self.request, self.device = request, device
+        self._problem: Problem | None = None
+        self._cases: list[Case] = []
+
+    def bench(self, planning: Planning) -> Bench:
+        import torch
+
+        from adasplash_tuner.measure import Bench, timer_for
+
+        target = torch.device(self.request.device)
+        cases = self.cases(planning.problem)
+        if target.type == "cuda":
+            torch.cuda.empty_cache()  # graphs of the search before have freed their memory by now
+        return Bench(planning.backend, self.device, planning.pass_, cases, timer_for(target, self.request.cold_l2))
+
+    def cases(self, problem: Problem) -> list[Case]:
+        if self._problem is not problem:
+            self._problem, self._cases = None, []  # the old ones go first: both might not fit
+            self._cases = list(_cases(self.request, problem))
+            self._problem = problem
+        return self._cases
+
+    def probe_s(self, planning: Planning) -> float:
+        """Seconds of one forward of the default on every input; 0 if it fails, which its search will report."""
+        import torch
+
+        from adasplash_tuner.measure import timer_for
+
+        problem, backend = planning.problem, planning.backend
+        try:
+            call = replace(self.cases(problem)[0].call, config=backend.default_config(problem.spec, self.device, "forward"))
+            with torch.no_grad():
+                backend.forward(call)
+                timer = timer_for(torch.device(self.request.device), self.request.cold_l2)
+                return timer.time_ms(lambda: backend.forward(call)) / 1e3 * problem.input_count
+        except Exception as failure:
+            if _is_fatal(failure) or isinstance(failure, ArgumentError):
+                raise
+            return 0.0
+
+
+def _cases(request: Request, problem: Problem) -> Iterator[Case]:
     import torch
 
-    from adasplash_tuner.measure import Bench, timer_for
-
-    target = torch.device(request.device)
-    return Bench(backend, device, pass_, list(_cases(request, problem, target)), timer_for(target))
-
-
-def _cases(request: Request, problem: Problem, target: Any) -> Iterator[Case]:
     from adasplash_core.call import make_call
     from adasplash_core.testing import inputs
     from adasplash_core.workload import Workload
     from adasplash_tuner.measure import Case
 
-    for sparsity in problem.sparsities:
-        yield Case(sparsity, inputs.make_call(problem.spec, sparsity, target))  # type: ignore[arg-type]
-    for index in problem.layers:
+    target = torch.device(request.device)
+    if problem.sparsities:
+        # Drawn once: the classes differ in the query's size only.
+        base = inputs.make_call(problem.spec, "dense", target)
+        for sparsity in problem.sparsities:
+            factor = inputs.QUERY_SCALE[sparsity] / inputs.QUERY_SCALE["dense"]  # type: ignore[index]
+            yield Case(sparsity, base if factor == 1 else replace(base, query=base.query * factor))
+    if problem.layers:
         assert request.workload is not None
-        layer = Workload.load(request.workload).layer(index).to(target)
-        yield Case(f"layer {index}", make_call(**layer.kwargs(), needs_grad=problem.spec.needs_grad))
-
-
-# -- planning -------------------------------------------------------------------------------------------------------------------
-
-
-def _problems(request: Request, device: DeviceInfo) -> list[Problem]:
-    effort = profile(device.type, request.profile)
-    needs_grad = "backward" in request.passes
-    problems: list[Problem] = []
-    shapes = request.shapes
-    if not shapes and request.workload is None:
-        shapes = tuple(map(Shape.parse, effort.shapes))
-    for shape in shapes:
-        label = f"random, {'+'.join(effort.sparsities)}"
-        problems.append(Problem(shape.spec(device.type, needs_grad), str(shape), label, sparsities=effort.sparsities))
-    if request.workload is not None:
-        problems += _workload_problems(request, device, needs_grad)
-    return problems
-
-
-def _workload_problems(request: Request, device: DeviceInfo, needs_grad: bool) -> list[Problem]:
-    """Layers of one bucket are one problem: a config is good over the depth of the model."""
-    from adasplash_core.call import make_call
-    from adasplash_core.workload import Workload
-
-    assert request.workload is not None
-    workload = Workload.load(request.workload)
-    groups: dict[tuple[object, ...], list[tuple[int, AttentionSpec]]] = {}
-    for layer in workload:
-        spec = make_call(
-            **layer.to(device.type if device.type == "cpu" else request.device).kwargs(), needs_grad=needs_grad
-        ).spec
-        groups.setdefault((spec.without_lengths(), spec.batch, spec.q_len, spec.kv_len), []).append((layer.index, spec))
-    digest = _file_digest(workload.path)
-    problems = []
-    for group in groups.values():
-        layers = tuple(index for index, _ in _spread(group, WORKLOAD_LAYERS[request.profile]))
-        spec = group[0][1]
-        inputs = f"{workload.path.name} ({digest}), layers {','.join(map(str, layers))}"
-        problems.append(Problem(spec, describe(spec), inputs[:500], layers=layers))
-    return problems
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """``count`` items from the first to the last, evenly."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
-
-
-def _plan(request: Request, device: DeviceInfo, problems: list[Problem]) -> tuple[list[Planning], tuple[str, ...]]:
-    """The searches, and the problems that nobody can do. Of several problems of one key the first is kept."""
-    plannings: dict[TuningKey, Planning] = {}
-    passed_over = []
-    for problem in problems:
-        capable, reasons = _capable(request, problem.spec, device)
-        if not capable:
-            passed_over.append(f"{problem.shape}: {reasons}")
-        for backend in capable:
-            for pass_ in request.passes:
-                key = tuning_key(backend, problem.spec, device, pass_)
-                configs = {
-                    *backend.tuning_space(problem.spec, device, pass_),
-                    backend.default_config(problem.spec, device, pass_),
-                }
-                plannings.setdefault(key, Planning(problem, backend, pass_, key, len(configs)))
-    if not plannings and request.part[1] == 1:  # of several devices one may have nothing to do
-        raise ArgumentError(
-            "Something must be left to tune.",
-            seen="; ".join(passed_over) or "no shapes",
-            hint="`adasplash backends` says what each backend can do",
-        )
-    # Cheap ones first: what they leave of their time goes to the long ones, and no long one can starve them.
-    return sorted(plannings.values(), key=lambda p: p.problem.work(p.pass_)), tuple(passed_over)
-
-
-def _capable(request: Request, spec: AttentionSpec, device: DeviceInfo) -> tuple[list[AttentionBackend], str]:
-    """Backends to tune for a spec. On a GPU the reference is left out if another can do it, unless it is asked for by name."""
-    registry = plugins.registry()
-    named = [registry.backend(name) for name in request.backends] or list(registry.backends.values())
-    reasons = {b.name: b.not_supported_reasons(spec, device) for b in named}
-    capable = [b for b in named if not reasons[b.name]]
-    if not request.backends and device.type != "cpu" and any(b.priority > 0 for b in capable):
-        capable = [b for b in capable if b.priority > 0]
-    return capable, "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items()) or "no backend is registered"
-
-
-def _estimate(request: Request, device: DeviceInfo, plannings: list[Planning]) -> None:
-    """Set about how long each search takes, from one run of each backend's default on its smallest problem."""
-    import torch
-
-    from adasplash_tuner.measure import timer_for
-
-    timer = timer_for(torch.device(request.device))
-    compiling = 0.0 if timer.first_run_counts else _COMPILE_S
-    seconds_a_work: dict[str, float] = {}
-    for planning in sorted(plannings, key=lambda p: (p.problem.work("forward"), p.pass_ != "forward")):
-        name = planning.backend.name
-        if name not in seconds_a_work:
-            seconds_a_work[name] = _probe_s(request, device, planning, timer) / planning.problem.work("forward")
-        runs = planning.candidates * _RUNS_A_CANDIDATE + _FINAL_RUNS
-        run_s = seconds_a_work[name] * planning.problem.work(planning.pass_)
-        planning.seconds = _PREPARE_S + runs * run_s + compiling * planning.candidates
-
-
-def _probe_s(request: Request, device: DeviceInfo, planning: Planning, timer: Any) -> float:
-    import dataclasses
-
-    import torch
-
-    default = planning.backend.default_config(planning.problem.spec, device, "forward")
-    with torch.no_grad():
-        case = next(_cases(request, planning.problem, torch.device(request.device)))
-        call = dataclasses.replace(case.call, config=default)
-        try:
-            planning.backend.forward(call)
-            one = float(timer.time_ms(lambda: planning.backend.forward(call)))
-        except Exception as failure:  # its search will report it
-            if _is_fatal(failure):
-                raise
-            return 0.0
-    inputs = len(planning.problem.sparsities) + len(planning.problem.layers)
-    return one / 1e3 * inputs
+        workload = Workload.load(request.workload)
+        for index in problem.layers:
+            layer = workload.layer(index).to(target)
+            yield Case(f"layer {index}", make_call(**layer.kwargs(), needs_grad=problem.spec.needs_grad))
 
 
 def _is_fatal(failure: Exception) -> bool:
@@ -454,4 +344,4 @@ def _forget_answers() -> None:
     configs.clear()
 
 
-__all__ = ["Event", "Finished", "Planned", "Report", "Request", "Step", "tune"]
+__all__ = ["Event", "Finished", "Planned", "Report", "Request", "Step", "Trying", "tune"]

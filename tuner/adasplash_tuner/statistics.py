@@ -1,4 +1,7 @@
-"""What samples of running times say: medians, robust spreads, and whether one config is faster than another beyond doubt."""
+"""What samples of running times say: medians, robust spreads, and whether one config is faster than another beyond doubt.
+
+Inputs count alike whatever their length: averages over inputs are geometric, so that a gain is the geometric mean of the gains.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MIN_GAIN = 0.02
 """A config replaces the default only if it is faster by more than this share, and by more than the noise."""
+
+MOST_LOSS = 0.01
+"""On no input may it be slower by more than this share, or by more than the noise where that is larger."""
 
 MIN_ROUNDS = 3
 """No verdict from fewer."""
@@ -30,14 +37,40 @@ class Samples:
         return len(self.rounds)
 
     @property
+    def medians_ms(self) -> list[float]:
+        """Median over the rounds, of each input."""
+        return list(map(statistics.median, zip(*self.rounds, strict=True)))
+
+    @property
     def median_ms(self) -> float:
-        """Median over the rounds, averaged over the inputs."""
-        return statistics.fmean(map(statistics.median, zip(*self.rounds, strict=True)))
+        """Geometric mean over the inputs of the medians."""
+        return statistics.geometric_mean(self.medians_ms)
 
     @property
     def spread_ms(self) -> float:
-        """Robust standard deviation of one round."""
-        return statistics.fmean(map(robust_sigma, zip(*self.rounds, strict=True)))
+        """Robust standard deviation of one round: the mean over the inputs of the relative one, at the median."""
+        relative = [robust_sigma(times) / statistics.median(times) for times in zip(*self.rounds, strict=True)]
+        return self.median_ms * statistics.fmean(relative)
+
+
+class Comparison(NamedTuple):
+    """A config's time against the default's, measured in the same rounds. ``noise``: standard error of the ratio's logarithm."""
+
+    ratio: float
+    noise: float
+    by_input: tuple[tuple[float, float], ...]  # (ratio, noise) of each input
+    rounds: int
+
+    @property
+    def doubt(self) -> float:
+        """Standard errors that a verdict asks for. With few rounds the error itself is uncertain: six with three rounds, then fewer."""
+        return 2 * (1 + 2 / (self.rounds - 2)) if self.rounds > 2 else math.inf
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Between which ratios the true one lies as far as is known: ``doubt`` standard errors to both sides."""
+        margin = self.doubt * self.noise if self.noise else 0.0
+        return self.ratio * math.exp(-margin), self.ratio * math.exp(margin)
 
 
 def robust_sigma(values: Sequence[float]) -> float:
@@ -46,10 +79,9 @@ def robust_sigma(values: Sequence[float]) -> float:
     return _MAD_TO_SIGMA * statistics.median(abs(v - middle) for v in values)
 
 
-def compare(candidate: Samples, default: Samples) -> tuple[float, float]:
-    """How a candidate's time relates to the default's, measured in the same rounds.
+def compare(candidate: Samples, default: Samples) -> Comparison:
+    """How a candidate's time relates to the default's: the geometric mean over inputs of the median ratio in a round.
 
-    Returns (ratio, noise): the geometric mean over inputs of the median ratio in a round, and the standard error of its logarithm.
     Pairing by round cancels what slows the whole machine; the geometric mean weighs a short input as much as a long one.
     """
     assert len(candidate) == len(default)
@@ -57,31 +89,32 @@ def compare(candidate: Samples, default: Samples) -> tuple[float, float]:
         [math.log(c / d) for c, d in zip(c_round, d_round, strict=True)]
         for c_round, d_round in zip(candidate.rounds, default.rounds, strict=True)
     ]
-    by_input = list(zip(*logs, strict=True))
-    ratio = math.exp(statistics.fmean(map(statistics.median, by_input)))
-    errors = [_MEDIAN_ERROR * robust_sigma(values) / math.sqrt(len(values)) for values in by_input]
-    return ratio, math.hypot(*errors) / len(errors)
+    by_input = []
+    for values in zip(*logs, strict=True):
+        error = _MEDIAN_ERROR * robust_sigma(values) / math.sqrt(len(values))
+        by_input.append((math.exp(statistics.median(values)), error))
+    ratio = statistics.geometric_mean(ratio for ratio, _ in by_input)
+    noise = math.hypot(*(error for _, error in by_input)) / len(by_input)
+    return Comparison(ratio, noise, tuple(by_input), len(default))
 
 
 def is_faster(candidate: Samples, default: Samples) -> bool:
-    """Faster by more than ``MIN_GAIN`` and by more than two standard errors; the default wins ties.
-
-    With few rounds the standard error is itself uncertain, so more of it is asked for: six times it with three rounds.
-    """
+    """Faster over all inputs by more than ``MIN_GAIN`` and by more than the noise, and slower on none; the default wins ties."""
     if len(default) < MIN_ROUNDS:
         return False
-    ratio, noise = compare(candidate, default)
-    return ratio < 1 - MIN_GAIN and math.log(ratio) < -_doubt(len(default)) * noise
+    found = compare(candidate, default)
+    if any(ratio > 1 + max(MOST_LOSS, noise) for ratio, noise in found.by_input):
+        return False
+    return found.ratio < 1 - MIN_GAIN and math.log(found.ratio) < -found.doubt * found.noise
 
 
 def is_no_faster(candidate: Samples, default: Samples) -> bool:
-    """Certain not to be faster by more than ``MIN_GAIN``, as far as more rounds could show."""
+    """Certain not to be faster by more than ``MIN_GAIN``, or to be slower on some input, as far as more rounds could show."""
     if len(default) < MIN_ROUNDS:
         return False
-    ratio, noise = compare(candidate, default)
-    return math.log(ratio) - math.log(1 - MIN_GAIN) > _doubt(len(default)) * noise
-
-
-def _doubt(rounds: int) -> float:
-    """How many standard errors are asked for."""
-    return 2 * (1 + 2 / (rounds - 2))
+    found = compare(candidate, default)
+    if any(
+        math.log(ratio / (1 + MOST_LOSS)) > found.doubt * noise and ratio > 1 + MOST_LOSS for ratio, noise in found.by_input
+    ):
+        return True
+    return math.log(found.ratio / (1 - MIN_GAIN)) > found.doubt * found.noise

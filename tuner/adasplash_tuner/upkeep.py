@@ -9,16 +9,17 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from adasplash_core.device import DeviceInfo
-from adasplash_core.errors import ArgumentError, ConfigError
+from adasplash_core.errors import ArgumentError, ConfigError, StoreError
 from adasplash_core.plugins import Registry
 from adasplash_core.spec import PASSES, Pass
-from adasplash_tuner.key import KEY_FIELDS, TuningKey, space_version
-from adasplash_tuner.models import BestRow, KeyRow
-from adasplash_tuner.records import BestConfig, RecordError, parse_best
-from adasplash_tuner.store import BEST_VALUES, Row, TuningStore
+from adasplash_tuner.key import TuningKey, space_version
+from adasplash_tuner.location import Location, cache_mode
+from adasplash_tuner.records import BestConfig, Row
+from adasplash_tuner.snapshot import Snapshot
+from adasplash_tuner.sqlite_file import WINNERS, SqliteLookup, connect, winner
+from adasplash_tuner.store import TuningStore
 
 DAY_S = 86_400
 
@@ -32,19 +33,23 @@ class Finding:
     why: str = ""
 
 
-def verify(store: TuningStore, registry: Registry) -> list[Finding]:
-    """Look at every row; those that do not parse are put in quarantine."""
+def verify(store: TuningStore | Snapshot, registry: Registry) -> list[Finding]:
+    """Look at every row; those that do not parse are put in quarantine where that may be written."""
     findings = [_judge(row, registry) for row in store.rows()]
-    for finding in findings:
-        if finding.state == "broken":
-            store.quarantine(finding.row.id, finding.why)
+    if not isinstance(store, Snapshot) and cache_mode().writes:
+        try:
+            for finding in findings:
+                if finding.state == "broken":
+                    store.quarantine(finding.row.id, finding.why)
+        except StoreError:
+            return findings  # a place that can only be read: what is wrong is told all the same
     return findings
 
 
 def _judge(row: Row, registry: Registry) -> Finding:
     record = row.record
     if record is None:
-        return Finding(row, "broken", row.problem)
+        return Finding(row, "quarantined" if row.shelved else "broken", row.problem)
     if record.quarantined:
         return Finding(row, "quarantined", record.quarantined)
     backend = registry.backends.get(record.key.backend)
@@ -68,16 +73,19 @@ def prunable(
     older_than_s: float | None = None,
     devices: Sequence[DeviceInfo] | None = None,
     stale: bool = False,
+    quarantined: bool = False,
 ) -> dict[int, list[str]]:
-    """Which rows may go, and why: those too old, those of GPUs that are not among ``devices``, and those of other code.
+    """Which rows may go, and why: those too old, those of GPUs that are not among ``devices``, those of other code, those not usable.
 
-    Rows in quarantine that do not parse have no age and no device, and are never chosen by these.
+    Rows that do not parse have no age and no device, so only ``quarantined`` chooses them.
     """
     chosen: dict[int, list[str]] = {}
     for row in rows:
         if row.record is None:
+            if quarantined:
+                chosen[row.id] = [f"cannot be read: {row.problem}"]
             continue
-        reasons = []
+        reasons = [f"in quarantine: {row.record.quarantined}"] if quarantined and row.record.quarantined else []
         age_s = time.time() - row.record.measured_at
         if older_than_s is not None and age_s > older_than_s:
             reasons.append(f"{age_s / DAY_S:.0f} days old")
@@ -118,6 +126,8 @@ def mend(store: TuningStore) -> Mended:
         raise ArgumentError("Only a SQLite file can be mended.", seen=str(store.location), hint="use PostgreSQL's own tools")
     if not path.exists():
         raise ArgumentError("There must be a file to mend.", seen=f"{path} does not exist")
+    store.location.require_writable()
+    _require_no_newer(store.location)
     store.engines.dispose()
     saved = salvage(path)
     aside = path.with_name(f"{path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -131,17 +141,25 @@ def mend(store: TuningStore) -> Mended:
     return Mended(aside, len(saved))
 
 
+def _require_no_newer(location: Location) -> None:
+    """Raises StoreError for a database of a newer release, in which nothing is broken and much would be lost."""
+    try:
+        schema = SqliteLookup(location, timeout_s=5.0).schema()
+    except StoreError:
+        return  # this is what mending is for
+    if schema is not None:
+        schema.require_writable(location)
+
+
 def salvage(path: Path) -> list[BestConfig]:
     """The winners that can still be read from a damaged file: rows are read from both ends until the damage."""
-    columns = [f"k.{n}" for n in KEY_FIELDS] + [f"b.{n}" for n in (*BEST_VALUES, "config", "quarantined")]
-    query = f"SELECT k.id, {', '.join(columns)} FROM {KeyRow.__tablename__} k JOIN {BestRow.__tablename__} b ON b.key_id = k.id"
     found: dict[int, BestConfig] = {}
     try:
-        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+        with closing(connect(path, "read")) as connection:
             for order in ("ASC", "DESC"):
-                for id_, *values in _until_damage(connection.execute(f"{query} ORDER BY k.id {order}")):
-                    if (record := _record(values)) is not None:
-                        found[id_] = record
+                for values in _until_damage(connection.execute(f"{WINNERS} ORDER BY k.id {order}")):
+                    if (record := winner(values).record) is not None:
+                        found[values[0]] = record
     except sqlite3.Error:
         return list(found.values())  # the file is damaged: that is why we are here
     return list(found.values())
@@ -156,14 +174,3 @@ def _until_damage(cursor: sqlite3.Cursor) -> Iterable[tuple[Any, ...]]:
         if row is None:
             return
         yield row
-
-
-def _record(values: Sequence[object]) -> BestConfig | None:
-    key = dict(zip(KEY_FIELDS, values, strict=False))
-    for name in ("causal", "deterministic"):
-        key[name] = bool(key[name])  # SQLite has no booleans
-    rest = dict(zip((*BEST_VALUES, "config", "quarantined"), values[len(KEY_FIELDS) :], strict=True))
-    try:
-        return parse_best({"key": key, **rest})
-    except RecordError:
-        return None

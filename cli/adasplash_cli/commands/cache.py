@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adasplash_cli.commands.cache_report import report_command
 from adasplash_cli.output import json_option, milliseconds, note, print_json, print_table
 
 if TYPE_CHECKING:
-    from adasplash_tuner.records import BestConfig
-    from adasplash_tuner.store import Row, TuningStore
+    from adasplash_tuner.drift import Drift
+    from adasplash_tuner.records import BestConfig, Row
+    from adasplash_tuner.snapshot import Snapshot
+    from adasplash_tuner.store import TuningStore
+    from adasplash_tuner.upkeep import Finding
 
 
 @click.group("cache")
@@ -19,8 +23,11 @@ def command() -> None:
     """List, show, export, import and prune tuned configs.
 
     They are in one database, which `adasplash cache path` names. ADASPLASH_DB, a file path or a SQLAlchemy URL of SQLite or PostgreSQL,
-    names another.
+    names another, or a snapshot (*.json) that `adasplash cache export` wrote. ADASPLASH_CACHE_MODE says what may be done with it.
     """
+
+
+command.add_command(report_command)
 
 
 @command.command("path")
@@ -28,14 +35,18 @@ def command() -> None:
 def path_command(as_json: bool) -> None:
     """Print where the database is, and what state it is in."""
     from adasplash_core.errors import StoreError
+    from adasplash_tuner.location import cache_mode, locate
 
-    store = _store()
-    exists = store.location.exists()
-    facts: dict[str, Any] = {"location": str(store.location), "exists": exists, "bytes": None, "problem": None}
-    if exists and store.location.path is not None:
-        facts["bytes"] = store.location.path.stat().st_size
+    location, mode = locate(), cache_mode()
+    exists = location.exists()
+    facts: dict[str, Any] = {"location": str(location), "exists": exists, "mode": mode.value, "bytes": None, "problem": None}
+    if exists and location.path is not None:
+        facts["bytes"] = location.path.stat().st_size
     try:
-        facts |= store.counts()
+        if exists:
+            source = _source()
+            facts |= source.counts()
+            facts["sha256"] = getattr(source, "digest", None)
     except StoreError as error:
         facts["problem"] = str(error)
     if as_json:
@@ -48,6 +59,10 @@ def path_command(as_json: bool) -> None:
         note("It does not exist yet: `adasplash tune` makes it.")
     else:
         note(f"{facts['best']} tuned configs ({facts['quarantined']} in quarantine), {facts['measurements']} measurements")
+        if facts["sha256"]:
+            note(f"A snapshot, sha256 {facts['sha256']}: processes with the same one agree.")
+    if not mode.writes:
+        note(f"ADASPLASH_CACHE_MODE is {mode.value!r}: nothing is written.")
 
 
 @command.command("list")
@@ -56,7 +71,7 @@ def path_command(as_json: bool) -> None:
 @json_option
 def list_command(backend: str | None, device: str | None, as_json: bool) -> None:
     """List the tuned configs, one a line."""
-    store = _store()
+    store = _source()
     rows = [row for row in store.rows() if _matches(row, backend, device)]
     if as_json:
         print_json({"location": str(store.location), "rows": [_row_json(row) for row in rows]})
@@ -75,7 +90,7 @@ def list_command(backend: str | None, device: str | None, as_json: bool) -> None
 @json_option
 def show_command(id_: int, as_json: bool) -> None:
     """Show one tuned config, its whole key, and everything that was measured under it. ID is from `adasplash cache list`."""
-    store = _store()
+    store = _source()
     row = store.row(id_)
     if row is None:
         raise click.BadParameter(f"there is no row {id_} in {store.location}", param_hint="ID")
@@ -112,20 +127,36 @@ def show_command(id_: int, as_json: bool) -> None:
 
 
 @command.command("export")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default="-")
+@click.argument("file", type=click.Path(path_type=Path, allow_dash=True), default="-")
 @click.option("--backend", help="Only this backend's.")
 @click.option("--device", help="Only devices whose name contains this text.")
+@click.option(
+    "--pretuned",
+    is_flag=True,
+    help="One card's configs of the installed code, and where they are from, to ship. FILE may be a folder.",
+)
 @json_option
-def export_command(file: Path, backend: str | None, device: str | None, as_json: bool) -> None:
+def export_command(file: Path, backend: str | None, device: str | None, pretuned: bool, as_json: bool) -> None:
     """Write the tuned configs to FILE, or to standard output, as JSON that `adasplash cache import` reads.
 
-    Configs in quarantine are left out. With --json and a FILE, what was written is reported as JSON.
+    The file is also a snapshot: with ADASPLASH_DB=FILE and ADASPLASH_CACHE_MODE=frozen every process of a job uses the same configs,
+    on any file system. Configs in quarantine are left out. With --json and a FILE, what was written is reported as JSON.
     """
     from adasplash_tuner.exchange import export_document
 
-    store = _store()
-    records = [r for row in store.rows() if _matches(row, backend, device) and (r := row.usable) is not None]
-    text = export_document(records)
+    rows = [row for row in _source().rows() if _matches(row, backend, device)]
+    if pretuned:
+        from adasplash_core.device import visible_devices
+        from adasplash_core.plugins import registry
+        from adasplash_tuner.pretuning import file_name, one_card, pretuned_document, shippable
+
+        records = one_card(shippable(rows, registry()), visible_devices())
+        text = pretuned_document(records)
+        if file.is_dir():
+            file /= file_name(records[0].key)
+    else:
+        records = [record for row in rows if (record := row.usable) is not None]
+        text = export_document(records)
     if str(file) == "-":
         click.echo(text, nl=False)
         return
@@ -164,25 +195,29 @@ def import_command(file: Path, as_json: bool) -> None:
 @click.option(
     "--stale", is_flag=True, help="Those measured with other code than what is installed. They are still used until then."
 )
+@click.option("--quarantined", is_flag=True, help="Those in quarantine, and those that cannot be read.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
 @json_option
-def prune_command(older_than: float | None, missing_gpu: bool, stale: bool, dry_run: bool, as_json: bool) -> None:
+def prune_command(
+    older_than: float | None, missing_gpu: bool, stale: bool, quarantined: bool, dry_run: bool, as_json: bool
+) -> None:
     """Delete tuned configs, and the measurements under them, to which any of the given options applies."""
-    if older_than is None and not missing_gpu and not stale:
-        raise click.UsageError("Say what to delete: --older-than DAYS, --missing-gpu, --stale.")
+    if older_than is None and not (missing_gpu or stale or quarantined):
+        raise click.UsageError("Say what to delete: --older-than DAYS, --missing-gpu, --stale, --quarantined.")
     from adasplash_core.device import visible_devices
     from adasplash_core.plugins import registry
     from adasplash_tuner.upkeep import DAY_S, prunable
 
-    store = _store()
+    store = _source()
     chosen = prunable(
         store.rows(),
         registry(),
         older_than_s=None if older_than is None else older_than * DAY_S,
         devices=visible_devices() if missing_gpu else None,
         stale=stale,
+        quarantined=quarantined,
     )
-    deleted = 0 if dry_run or not chosen else store.delete(list(chosen))
+    deleted = 0 if dry_run or not chosen else _store().delete(list(chosen))
     if as_json:
         print_json({"location": str(store.location), "dry_run": dry_run, "chosen": chosen, "deleted": deleted})
         return
@@ -194,37 +229,121 @@ def prune_command(older_than: float | None, missing_gpu: bool, stale: bool, dry_
 
 
 @command.command("verify")
+@click.option("--sample", type=click.IntRange(0), default=8, show_default=True, help="Measure so many again; 0 for none.")
+@click.option("--all", "all_rows", is_flag=True, help="Measure all of this machine again, however long it takes.")
+@click.option(
+    "--seconds", type=click.FloatRange(0), default=60, show_default=True, help="Begin no further one after this time."
+)
+@click.option(
+    "--tolerance", type=click.FloatRange(0), default=10, show_default=True, help="Per cent by which times may differ."
+)
+@click.option("--workload", type=click.Path(dir_okay=False), help="File that configs were tuned on, to measure those again.")
 @json_option
-def verify_command(as_json: bool) -> None:
-    """Check the file and every row, put rows that do not parse in quarantine, and say how to mend what is wrong.
+def verify_command(sample: int, all_rows: bool, seconds: float, tolerance: float, workload: str | None, as_json: bool) -> None:
+    """Check the file and every row, measure some configs again on this machine, and say how to mend what is wrong.
 
-    Exits with 1 if the database or a row is broken; stale rows are no fault.
+    Rows that do not parse are put in quarantine, and so are configs that no longer run or are less accurate than their dtype's bound.
+    Times that differ from the stored ones by more than --tolerance are reported as drift, which is no fault; nor are stale rows. Exits
+    with 1 if the database or a row is broken.
     """
     from adasplash_core.plugins import registry
     from adasplash_tuner.upkeep import verify
 
-    store = _store()
+    store = _source()
     damage = store.integrity_problems()
     findings = verify(store, registry())
+    fine = [finding.row for finding in findings if finding.state == "ok"]
+    drifts = _measure_again(fine, None if all_rows else sample, float("inf") if all_rows else seconds, workload)
+    for drift in drifts:
+        if drift.is_fault:
+            _set_apart(store, drift)
     counts: dict[str, int] = {}
     for finding in findings:
         counts[finding.state] = counts.get(finding.state, 0) + 1
     if as_json:
         listed = [{"id": f.row.id, "key": f.row.readable, "state": f.state, "why": f.why or None} for f in findings]
-        print_json({"location": str(store.location), "damage": damage, "counts": counts, "rows": listed})
+        measured = [
+            {
+                "id": d.row.id,
+                "then_ms": d.row.record.median_ms if d.row.record else None,
+                "now_ms": d.now_ms,
+                "drift_percent": d.percent,
+                "default_ms": d.default_ms,
+                "error": d.error,
+                "problem": d.problem or None,
+            }
+            for d in drifts
+        ]
+        print_json({"location": str(store.location), "damage": damage, "counts": counts, "rows": listed, "measured": measured})
     else:
-        click.echo(f"{store.location}: {', '.join(f'{n} {state}' for state, n in sorted(counts.items())) or 'empty'}")
-        for finding in findings:
-            if finding.state != "ok":
-                click.echo(f"{finding.row.id} {finding.state}: {finding.why}\n   {finding.row.readable}")
+        _print_findings(str(store.location), findings, counts)
+        _print_drifts(drifts, tolerance)
         for line in damage[:10]:
             note(f"The file is damaged: {line}")
         if damage:
             note("Run `adasplash cache mend`: it sets the file aside and keeps every config that can still be read.")
         elif counts.get("broken") or counts.get("quarantined"):
-            note("`adasplash tune` measures them anew; `adasplash cache prune --older-than 0` deletes everything.")
-    if damage or counts.get("broken"):
+            note("`adasplash tune` measures them anew; `adasplash cache prune --quarantined` deletes them.")
+    if damage or counts.get("broken") or any(drift.is_fault for drift in drifts):
         raise click.exceptions.Exit(1)
+
+
+def _measure_again(rows: list[Row], sample: int | None, seconds: float, workload: str | None) -> list[Drift]:
+    if not rows or sample == 0:
+        return []
+    from adasplash_core.device import device_info, visible_devices
+    from adasplash_core.plugins import registry
+    from adasplash_tuner.drift import measure_again
+
+    drifts: list[Drift] = []
+    devices = {(d.type, d.name, d.capability, d.multiprocessors): d for d in (*reversed(visible_devices()), device_info("cpu"))}
+    for device in devices.values():  # of identical GPUs the first
+        left = None if sample is None else sample - len(drifts)
+        drifts += measure_again(rows, registry(), device, sample=left, workload=workload, budget_s=seconds)
+    return drifts
+
+
+def _set_apart(store: TuningStore | Snapshot, drift: Drift) -> None:
+    from adasplash_core.errors import StoreError
+    from adasplash_tuner.snapshot import Snapshot
+
+    if isinstance(store, Snapshot):
+        return
+    try:
+        store.quarantine(drift.row.id, drift.problem)
+    except StoreError as error:  # the finding is still worth printing
+        note(str(error))
+
+
+def _print_findings(location: str, findings: list[Finding], counts: dict[str, int]) -> None:
+    click.echo(f"{location}: {', '.join(f'{n} {state}' for state, n in sorted(counts.items())) or 'empty'}")
+    for finding in findings:
+        if finding.state != "ok":
+            click.echo(f"{finding.row.id} {finding.state}: {finding.why}\n   {finding.row.readable}")
+
+
+def _print_drifts(drifts: list[Drift], tolerance: float) -> None:
+    columns = ["id", "problem", "then ms", "now ms", "drift", "gain", "error", ""]
+    rows = []
+    for d in drifts:
+        if d.row.record is None:
+            continue
+        percent, gain = d.percent, None if d.now_ms is None or d.default_ms is None else d.default_ms / d.now_ms
+        verdict = d.problem or ("drifted" if percent is not None and abs(percent) > tolerance else "as before")
+        rows.append(
+            [
+                d.row.id,
+                d.row.record.key.problem(),
+                milliseconds(d.row.record.median_ms),
+                milliseconds(d.now_ms),
+                None if percent is None else f"{percent:+.1f} %",
+                None if gain is None else f"{gain:.2f}x",
+                None if d.error is None else f"{d.error:.0e}",
+                verdict,
+            ]
+        )
+    if rows:
+        print_table("\nmeasured again", columns, rows, right=columns[2:7])
 
 
 @command.command("mend")
@@ -242,9 +361,17 @@ def mend_command(as_json: bool) -> None:
 
 
 def _store() -> TuningStore:
+    """The database, to write to it."""
     from adasplash_tuner.store import TuningStore
 
     return TuningStore()
+
+
+def _source() -> TuningStore | Snapshot:
+    """The database or the snapshot, to read it."""
+    from adasplash_tuner.snapshot import open_source
+
+    return open_source()
 
 
 def _matches(row: Row, backend: str | None, device: str | None) -> bool:

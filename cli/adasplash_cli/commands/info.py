@@ -119,9 +119,9 @@ def _database() -> dict[str, Any]:
         location = locate()
         found: dict[str, Any] = {"location": str(location), "exists": location.exists()}
         if location.exists():
-            from adasplash_tuner.store import TuningStore
+            from adasplash_tuner.snapshot import open_source
 
-            found |= TuningStore(location).counts()
+            found |= open_source(location).counts()
     except StoreError as error:
         return {"location": "unusable", "problem": str(error)}
     return found

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from adasplash_cli.output import console, json_option, milliseconds, note, print_json, print_table
+from adasplash_cli.output import json_option, milliseconds, note, print_json, print_table
+from adasplash_cli.tuning_display import count, display, duration
 
 if TYPE_CHECKING:
-    from adasplash_core.device import DeviceInfo
     from adasplash_core.spec import Pass
-    from adasplash_tuner.session import Event, Finished, Report, Request
+    from adasplash_tuner.events import Finished, Report, Request
+    from adasplash_tuner.shapes import Shape
+    from adasplash_tuner.targets import Target
 
 PASS_NAMES = ("forward", "backward")
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -52,12 +54,20 @@ def _parse_passes(_ctx: click.Context, _param: click.Parameter, value: str) -> t
     metavar="SHAPE",
     help="Tune for B=1,H=32,Hkv=8,L=8192,D=128,bf16,causal; repeat for more.  [the profile's]",
 )
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    metavar="CONFIG.json|PATH",
+    help="Tune for the shapes of a Hugging Face model's config.",
+)
 @click.option("--workload", type=click.Path(dir_okay=False), help="Tune on the layers of a file made by `adasplash capture`.")
 @click.option(
     "--budget", metavar="TIME", callback=_parse_duration, help="Stop after about this long, as 40s or 5m.  [the profile's]"
 )
 @click.option("--passes", callback=_parse_passes, default="forward,backward", show_default=True, help="Which passes to tune.")
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
+@click.option("--warm-l2", is_flag=True, help="Leave what the run before left in a GPU's L2 cache; else it is overwritten.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write what was found as one HTML page.")
 @json_option
 def command(
     gpu_auto: bool,
@@ -65,10 +75,13 @@ def command(
     backends: tuple[str, ...],
     profile: str,
     shapes: tuple[str, ...],
+    model: Path | None,
     workload: str | None,
     budget: float | None,
     passes: tuple[Pass, ...],
     fresh: bool,
+    warm_l2: bool,
+    report: Path | None,
     as_json: bool,
 ) -> None:
     """Find the fastest configs for this machine and remember them.
@@ -79,189 +92,149 @@ def command(
     """
     if gpu_auto and device is not None:
         raise click.UsageError("--gpu-auto and --device exclude each other.")
-    from adasplash_tuner.session import Request
+    if report is not None and not report.absolute().parent.is_dir():  # told before an hour of measuring
+        raise click.BadParameter(f"there is no folder {report.absolute().parent}", param_hint="--report")
+    started = time.monotonic()
+    from adasplash_tuner.events import Request
     from adasplash_tuner.shapes import Shape
 
+    targets = _targets(gpu_auto, device, quiet=as_json)
+    wanted = tuple(Shape.parse(text) for text in shapes)
+    if model is not None:
+        wanted += _model_shapes(model, profile, targets)
     request = Request(
         backends=backends,
-        shapes=tuple(Shape.parse(text) for text in shapes),
+        shapes=wanted,
         workload=workload,
         passes=passes,
         profile=profile,
         budget_s=budget,
         fresh=fresh,
+        cold_l2=not warm_l2,
+        started=started,
     )
-    devices = _devices(gpu_auto, device, quiet=as_json)
-    reports, problems = _run(request, devices, as_json)
+    reports, problems, crashes = _run(request, targets, as_json)
+    if report is not None:
+        from adasplash_tuner.report import render
+        from adasplash_tuner.report_data import from_reports
+
+        report.write_text(render(from_reports(reports)), encoding="utf-8")
     if as_json:
-        print_json({"devices": [_report_json(report) for report in reports], "problems": problems})
+        found = {"devices": [_report_json(done) for done in reports], "problems": problems, "crashes": crashes}
+        print_json({**found, "report": report})
     else:
-        for report in reports:
-            _print_report(report)
-    for problem in problems:
-        note(problem)
-    for report in reports:
-        if report.store_problem:
-            note(f"Nothing more was kept from the moment the database failed. {report.store_problem}")
-    if problems or not all(report.ok for report in reports):
+        for done in reports:
+            _print_report(done)
+        if report is not None:
+            click.echo(f"report: {report}")
+    for text in (*crashes, *problems):
+        note(text)
+    for done in reports:
+        if done.store_problem:
+            note(f"Nothing more was kept from the moment the database failed. {done.store_problem}")
+    if problems or not all(done.ok for done in reports):
         raise click.exceptions.Exit(1)
 
 
-def _devices(gpu_auto: bool, name: str | None, quiet: bool) -> list[DeviceInfo]:
-    from adasplash_core.device import device_info, visible_devices
+def _model_shapes(model: Path, profile: str, targets: list[Target]) -> tuple[Shape, ...]:
+    from adasplash_tuner.model_shapes import model_shapes
+
+    shapes = model_shapes(model, profile, targets[0].device.partition(":")[0])
+    note(f"{model}: {'; '.join(map(str, shapes))}")
+    return shapes
+
+
+def _targets(gpu_auto: bool, name: str | None, quiet: bool) -> list[Target]:
+    from adasplash_core.device import device_info
     from adasplash_core.errors import ArgumentError
+    from adasplash_tuner.targets import Target, targets
 
     if name is not None:
         try:
-            return [device_info(name)]
+            return [Target.of(device_info(name))]
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             raise ArgumentError(
                 "--device must be a device of this machine.", seen=f"{name!r} ({str(error).splitlines()[0]})"
             ) from error
-    gpus = visible_devices()
+    gpus = targets()
     if not gpus:
         if gpu_auto and not quiet:
             note("No GPU is visible to torch: tuning the CPU.")
-        return [device_info("cpu")]
+        return [Target.of(device_info("cpu"))]
     return gpus if gpu_auto else gpus[:1]
 
 
-def _run(request: Request, devices: list[DeviceInfo], as_json: bool) -> tuple[list[Report], list[str]]:
-    """Reports, and what went wrong besides."""
+def _run(request: Request, targets: list[Target], as_json: bool) -> tuple[list[Report], list[str], list[str]]:
+    """Reports, why devices have none, and what else ended a process."""
     from dataclasses import replace
 
     from adasplash_tuner.session import tune
     from adasplash_tuner.workers import split, tune_side_by_side
 
-    with _display([d.name for d in devices], quiet=as_json) as display:
+    requests = split(request, targets)
+    names = [_shown_name(target, requests) for target in targets]
+    with display(names, quiet=as_json) as shown:
         try:
-            if len(devices) == 1:
-                device = devices[0]
-                name = device.type if device.type == "cpu" else f"{device.type}:{device.index}"
-                return [tune(replace(request, device=name), lambda event: display.show(0, event))], []
-            results = tune_side_by_side(split(request, devices), display.show)
+            if [target.device for target in targets] == ["cpu"]:  # nothing that runs on a CPU takes the process with it
+                return [tune(replace(request, device="cpu"), lambda event: shown.show(0, event))], [], []
+            results = tune_side_by_side(requests, shown.show)
         except KeyboardInterrupt:
-            done = len(display.finished)
+            done = len(shown.finished)
             raise click.ClickException(
-                f"Interrupted after {_count(done, 'search')}. What was measured is kept; the same command goes on from there."
+                f"Interrupted after {count(done, 'search')}. What was measured is kept; the same command goes on from there."
             ) from None
     reports = [result.report for result in results if result.report is not None]
-    return reports, [f"{result.request.device}: {result.problem}" for result in results if result.problem]
+    problems = [f"{result.request.device}: {result.problem}" for result in results if result.problem]
+    return reports, problems, [f"{result.request.device}: {crash}" for result in results for crash in result.crashes]
 
 
-class _Display:
-    """Shows events: a live line per device on a terminal, a line per finished search elsewhere, nothing when quiet."""
-
-    def __init__(self, names: list[str], quiet: bool) -> None:
-        self.names, self.quiet = names, quiet
-        self.finished: list[Finished] = []
-        self.progress: Any = None
-        self._tasks: dict[int, Any] = {}
-        self._weights: dict[int, int] = {}
-
-    def show(self, number: int, event: Event) -> None:
-        from adasplash_tuner.session import Finished, Planned, Step
-
-        if isinstance(event, Planned):
-            self._planned(number, event)
-        elif isinstance(event, Step) and self.progress is not None and number in self._tasks:
-            p = event.progress
-            part = {"preparing": 0.0, "screening": 0.6, "halving": 0.7, "final": 1.0}[p.stage] * p.done / max(p.total, 1)
-            best = f", best {milliseconds(p.best_ms)} ms" if p.best_ms is not None else ""
-            default = f", default {milliseconds(p.default_ms)} ms" if p.default_ms is not None else ""
-            text = f"{event.label}: {p.stage} {p.done}/{p.total}{best}{default}"
-            self.progress.update(self._tasks[number], completed=event.index + part, description=text)
-        elif isinstance(event, Finished):
-            self.finished.append(event)
-            if self.progress is not None and number in self._tasks:
-                self.progress.update(self._tasks[number], completed=event.index + 1, description=event.label)
-            self._say(_finished_line(event))
-
-    def _planned(self, number: int, event: Any) -> None:
-        budget = f"within {_duration(event.budget_s)}"
-        self._say(
-            f"{event.device.name}: {_count(len(event.searches), 'search')}, about {_duration(event.estimate_s)} ({budget})"
-        )
-        for text in event.passed_over:
-            self._say(f"  not tuned: {text}")
-        if self.progress is not None:
-            self._tasks[number] = self.progress.add_task(self.names[number], total=len(event.searches))
-
-    def _say(self, text: str) -> None:
-        if self.quiet:
-            return
-        if self.progress is not None:
-            self.progress.console.print(text, markup=False)
-        else:
-            note(text)
-
-
-@contextmanager
-def _display(names: list[str], quiet: bool) -> Iterator[_Display]:
-    display = _Display(names, quiet)
-    screen = console(stderr=True)
-    if quiet or not screen.is_terminal:
-        yield display
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True) as display.progress:
-        yield display
-
-
-def _finished_line(event: Finished) -> str:
-    if event.outcome is None:
-        return f"{event.label}: not tuned, {event.problem}"
-    best = event.outcome.best
-    words = {"tuned": f"{best.gain:.2f}x the default's speed", "default": "the default is the best", "kept": "already tuned"}
-    left = (
-        f", {event.outcome.left} of {event.outcome.candidates} candidates left for the next run" if event.outcome.left else ""
-    )
-    return f"{event.label}: {milliseconds(best.median_ms)} ms, {words[event.outcome.verdict]}{left}"
+def _shown_name(target: Target, requests: list[Request]) -> str:
+    return f"{target.name} ({target.device})" if len(requests) > 1 and target.visible is None else target.name
 
 
 def _print_report(report: Report) -> None:
-    columns = ["shape", "backend", "pass", "default ms", "tuned ms", "gain", "error", "measured", "config"]
-    rows = []
+    columns = ["shape", "pass", "default ms", "tuned ms", "gain", "error", "measured", "config"]
+    rows = [_cells(finished) for finished in report.finished if finished.outcome is not None]
+    print_table(report.device.name, columns, rows, right=columns[2:7])
     for finished in report.finished:
-        if finished.outcome is None:
-            continue
-        outcome, best = finished.outcome, finished.outcome.best
-        changed = {name: value for name, value in best.config.items() if outcome.default.get(name) != value}
-        config = ", ".join(f"{name}={value}" for name, value in changed.items()) or "the default"
-        measured = f"{outcome.candidates - outcome.left}/{outcome.candidates}"
-        rows.append(
-            [
-                best.shape,
-                best.key.backend,
-                best.key.pass_,
-                milliseconds(best.default_ms),
-                milliseconds(best.median_ms),
-                f"{best.gain:.2f}x",
-                f"{best.error:.0e}",
-                measured,
-                config,
-            ]
-        )
-    print_table(report.device.name, columns, rows, right=columns[3:8])
-    for finished in report.finished:
-        if finished.outcome is None:
+        if finished.problem:
             click.echo(f"not tuned: {finished.label}: {finished.problem}")
     for text in report.passed_over:
         click.echo(f"not tuned: {text}")
-    click.echo(f"{_duration(report.seconds)}; stored in {report.database}")
+    if report.postponed:
+        click.echo(f"No time was left for {count(len(report.postponed), 'search')}: the same command goes on from here.")
+    click.echo(f"{duration(report.seconds)}; stored in {report.database}")
+
+
+def _cells(finished: Finished) -> list[object]:
+    outcome = finished.outcome
+    assert outcome is not None
+    best = outcome.best
+    changed = {name: value for name, value in best.config.items() if outcome.default.get(name) != value}
+    return [
+        best.shape,
+        f"{best.key.backend} {best.key.pass_}",
+        milliseconds(best.default_ms),
+        milliseconds(best.median_ms),
+        f"{best.gain:.2f}x",
+        f"{best.error:.0e} of {outcome.error_bound:.0e}",
+        f"{outcome.candidates - outcome.left}/{outcome.candidates}",
+        ", ".join(f"{name}={value}" for name, value in changed.items()) or "the default",
+    ]
 
 
 def _report_json(report: Report) -> dict[str, Any]:
     searches = []
     for finished in report.finished:
-        entry: dict[str, Any] = {"label": finished.label, "problem": finished.problem or None}
+        entry: dict[str, Any] = {"label": finished.label, "problem": finished.problem or None, "postponed": finished.postponed}
         if finished.outcome is not None:
             outcome = finished.outcome
             entry |= {
                 "verdict": outcome.verdict,
                 "gain": outcome.best.gain,
+                "gain_interval": outcome.gain_interval,
+                "by_input": {t.label: {"default_ms": t.default_ms, "tuned_ms": t.best_ms} for t in outcome.by_input},
+                "error_bound": outcome.error_bound,
                 **outcome.best.as_dict(),
                 "default_config": outcome.default,
                 "candidates": outcome.candidates,
@@ -278,12 +251,3 @@ def _report_json(report: Report) -> dict[str, Any]:
         "passed_over": list(report.passed_over),
         "searches": searches,
     }
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}es"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
