@@ -1,0 +1,185 @@
+"""What the evidence scripts train with: a budget shared fairly, learning rates, batches from a stream of tokens, time and memory."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+CALIBRATION_STEPS = 6
+
+
+def seconds_of(text: str) -> float:
+    """`90s`, `7m` or `1h` in seconds."""
+    if (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration like 90s, 7m or 1h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+@dataclass
+class Run:
+    """One variant trained from one seed."""
+
+    variant: str
+    seed: int
+    steps: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation
+    step_ms: float = math.nan  # median
+    peak_gb: float | None = None
+    cut: bool = False  # the budget ended before its steps
+
+
+class Budget:
+    """Seconds from now on, and how many steps of each variant fit into them."""
+
+    def __init__(self, seconds: float) -> None:
+        self.started = time.monotonic()
+        self.deadline = self.started + seconds
+
+    @property
+    def spent(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def steps(self, step_ms: Iterable[float], seeds: int, at_least: int, share: float = 0.85) -> int:
+        """The same number for every variant and seed; what ``share`` leaves is for evaluation."""
+        room = share * (self.deadline - time.monotonic()) / seeds
+        return max(int(1000 * room / sum(step_ms)), at_least)
+
+
+def calibrate(step_ms: Callable[[str], float], variants: Sequence[str], skipped: dict[str, str]) -> dict[str, float]:
+    """Milliseconds a step of each variant that can run here; of the others ``skipped`` gets the reasons."""
+    times = {}
+    for variant in variants:
+        try:
+            times[variant] = step_ms(variant)
+            print(f"{variant}: {times[variant]:.0f} ms a step", flush=True)
+        except Exception as error:  # whatever another package raises, or too little memory: the reason is told in the results
+            skipped[variant] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            print(f"{variant} cannot run: {skipped[variant]}", flush=True)
+        free()
+    return times
+
+
+def free() -> None:
+    """Give the memory of what went out of scope back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Linear over the first twentieth, then a cosine to a tenth."""
+    warm = max(steps // 20, 1)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1))) / 2
+
+
+def adamw(model: nn.Module, rate: float) -> torch.optim.AdamW:
+    """Decay for matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was launched is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def optimize(
+    run: Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    batch: Callable[[], Iterable[Callable[[], torch.Tensor]]],
+    *,
+    device: torch.device,
+    rate: float,
+    after_step: Callable[[int], None],
+    deadline: float = math.inf,
+) -> None:
+    """Train for ``steps``, or up to the deadline; ``run`` gets times and memory.
+
+    Parameters
+    ----------
+    batch: gives one step's losses as functions, one a piece that fits the memory, each already weighted by its share.
+    after_step: called with the number of steps done, outside the measured time, while ``run.cut`` says whether it is the last.
+    """
+    seconds: list[float] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(steps):
+        started = now(device)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * rate_at(step, steps)
+        for loss in batch():
+            with autocast(device):
+                value = loss()
+            value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(now(device) - started)
+        if device.type == "cuda" and step < 3:
+            run.peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        run.steps = step + 1
+        run.cut = time.monotonic() > deadline and run.steps < steps
+        after_step(run.steps)
+        if run.cut:
+            break
+    kept = sorted(seconds[len(seconds) // 3 :])  # the first compile and warm up
+    run.step_ms = 1000 * kept[len(kept) // 2]
+
+
+@dataclass
+class Sequences:
+    """Batches of ``sequences`` times ``context`` tokens from a stream, ``micro`` sequences at once."""
+
+    stream: np.ndarray[Any, np.dtype[np.uint16]]
+    context: int
+    sequences: int
+    micro: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, stream: Any, context: int, batch_tokens: int, micro_tokens: int, device: torch.device) -> Sequences:
+        sequences = max(batch_tokens // context, 1)
+        micro = min(max(micro_tokens // context, 1), sequences)
+        return cls(stream, context, sequences - sequences % micro, micro, device)
+
+    def draw(self, generator: np.random.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and targets of one step, from random places."""
+        starts = generator.integers(0, len(self.stream) - self.context - 1, self.sequences)
+        return [self._at(starts[i : i + self.micro]) for i in range(0, self.sequences, self.micro)]
+
+    def front(self, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and targets of the first so many tokens, for evaluation."""
+        count = max(min(tokens, len(self.stream) - 1) // self.context, 1)
+        starts = np.arange(count) * self.context
+        for i in range(0, count, self.micro):
+            yield self._at(starts[i : i + self.micro])
+
+    def _at(self, starts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = np.stack([self.stream[start : start + self.context + 1] for start in starts]).astype(np.int64)
+        ids = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        return ids[:, :-1], ids[:, 1:]
