@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SANITIZER_SET = ROOT / "scripts" / "sanitizer_set.py"
 TESTS = tuple(ROOT / "tests" / folder / "gpu" for folder in ("triton_backend", "integrations", "stack"))
 BUDGET_S = 520
 SANITIZER_S = 200
@@ -59,10 +60,17 @@ def main() -> int:
     if arguments.dry_run:
         environment["TRITON_INTERPRET"] = "1"
     started = time.monotonic()
+    if not (arguments.skip_sanitizer or arguments.dry_run):
+        warming = start_logged(
+            [sys.executable, str(SANITIZER_SET)], log / "sanitizer-set.log", environment
+        )  # compiles, unwatched
     rows = run_tests(arguments.workers, arguments.only, log, environment, BUDGET_S - 60)
     if not arguments.skip_sanitizer:
-        left = BUDGET_S - (time.monotonic() - started)
-        rows += run_sanitizer(log, environment, min(SANITIZER_S, left), arguments.dry_run)
+        if not arguments.dry_run and warming.wait():
+            rows.append(Row("sanitizer set", failed=1, note=f"fails unwatched: {log / 'sanitizer-set.log'}"))
+        else:
+            left = BUDGET_S - (time.monotonic() - started)
+            rows += run_sanitizer(log, environment, min(SANITIZER_S, left), arguments.dry_run)
     print_table(rows, time.monotonic() - started, log)
     return 1 if any(row.failed for row in rows) else 0
 
@@ -117,7 +125,7 @@ def rows_of(report: Path) -> list[Row]:
 
 def run_sanitizer(log: Path, environment: dict[str, str], limit_s: float, dry_run: bool) -> list[Row]:
     """memcheck and racecheck side by side, each over the whole set. Allocations are not cached, so that their ends are watched."""
-    script = [sys.executable, str(ROOT / "scripts" / "sanitizer_set.py")]
+    script = [sys.executable, str(SANITIZER_SET)]
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if dry_run:
         commands = {"sanitizer set, not watched": script}
@@ -128,8 +136,6 @@ def run_sanitizer(log: Path, environment: dict[str, str], limit_s: float, dry_ru
             name: [tool, "--tool", name, "--error-exitcode", "99", "--print-limit", "20", *script]
             for name in ("memcheck", "racecheck")
         }
-        if run_logged(script, log / "sanitizer-set.log", environment, limit_s / 2):  # compiles the kernels, unwatched
-            return [Row("sanitizer set", failed=1, note=f"fails unwatched: {log / 'sanitizer-set.log'}")]
         environment = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     started = time.monotonic()
     running = {}
@@ -152,6 +158,12 @@ def run_sanitizer(log: Path, environment: dict[str, str], limit_s: float, dry_ru
             print(f"FAILED {name}:\n" + "\n".join(text.splitlines()[-30:]), flush=True)
         rows.append(Row(name, passed=done, failed=int(code != 0), seconds=time.monotonic() - started, note=note))
     return rows
+
+
+def start_logged(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Everything that is printed goes to ``log``."""
+    with log.open("w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
 
 
 def run_logged(command: list[str], log: Path, environment: dict[str, str], limit_s: float) -> int:

@@ -109,7 +109,7 @@ def compiled(recorded: Launch, target_name: str) -> CompiledKernel:
             if not parameter.do_not_specialize and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options: dict[str, Any] = recorded.options | FUSED
+    options: dict[str, Any] = FUSED | recorded.options
     if not target_name.startswith("sm_"):
         options.pop("maxnreg", None)  # NVIDIA's assembler alone takes it
     return triton.compile(source, target=target(target_name), options=options)

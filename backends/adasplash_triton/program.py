@@ -143,7 +143,7 @@ _binaries: dict[tuple[Any, ...], Binary] = {}  # by device and Step.binary
 def _launch_by_name(step: Step, table: Table) -> Any:
     """Through Triton's own launch path: compiles, minds hooks. Returns the compiled kernel."""
     arguments = step.resolved(lambda address: Pointer(table[address.role].data_ptr() + address.offset, address.dtype))
-    return step.kernel[step.grid](**arguments, **step.options, **FUSED)
+    return step.kernel[step.grid](**arguments, **(FUSED | step.options))
 
 
 def _view(table: Table, address: Address) -> torch.Tensor:
