@@ -40,7 +40,7 @@ from adasplash_core.configs import ConfigLadder
 from adasplash_core.device import device_info
 from adasplash_core.plugins import registry
 from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.shapes import Shape
+from adasplash_tuner.shapes.shape import Shape
 
 times = {}
 
@@ -120,9 +120,9 @@ def first_lookup_ms() -> dict[str, float]:
 def fill(database: str) -> None:
     """Winners of the reference's default configs for this CPU, in many buckets."""
     from adasplash_tuner.key import tuning_key
-    from adasplash_tuner.records import BestConfig
-    from adasplash_tuner.shapes import Shape
-    from adasplash_tuner.store import TuningStore, now
+    from adasplash_tuner.shapes.shape import Shape
+    from adasplash_tuner.storage.records import BestConfig
+    from adasplash_tuner.storage.store import TuningStore, now
 
     backend, info = plugins.registry().backend("torch"), device_info("cpu")
     records = []

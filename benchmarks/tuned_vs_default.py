@@ -32,10 +32,10 @@ from adasplash_core.dispatch import choose
 from adasplash_core.spec import PASSES, AttentionSpec, Pass
 from adasplash_core.testing import inputs
 from adasplash_tuner.key import toolchain
-from adasplash_tuner.measure import Bench, Case, timer_for
-from adasplash_tuner.shapes import Shape
-from adasplash_tuner.statistics import Samples, compare
-from adasplash_tuner.store import package_version
+from adasplash_tuner.measure.bench import Bench, Case, timer_for
+from adasplash_tuner.measure.statistics import Samples, compare
+from adasplash_tuner.shapes.shape import Shape
+from adasplash_tuner.storage.store import package_version
 
 SLOWEST = 0.98
 SEED = 1000

@@ -1,4 +1,4 @@
-"""The Triton backend's tests on a GPU, within nine minutes. Prints a short table last; the exit code is 1 if anything failed.
+"""The GPU backends' tests on a GPU, within nine minutes. Prints a short table last; the exit code is 1 if anything failed.
 
     python scripts/gpu_test.py [--workers 16] [--log FOLDER] [--only conformance ...] [--skip-sanitizer] [--dry-run]
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZER_SET = ROOT / "scripts" / "sanitizer_set.py"
-TESTS = tuple(ROOT / "tests" / folder / "gpu" for folder in ("triton_backend", "integrations", "stack"))
+TESTS = tuple(ROOT / "tests" / folder / "gpu" for folder in ("triton_backend", "cupy_backend", "integrations", "stack"))
 BUDGET_S = 520
 SANITIZER_S = 200
 DTYPES = ("float16", "bfloat16", "float32")

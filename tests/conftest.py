@@ -25,3 +25,11 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+_LONG = ("test_interpreted.py", "test_demo.py", "test_ahead_of_time.py", "test_tuning_workers.py", "test_distributed.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests take longest first: workers that take whole files would otherwise meet them last, one alone."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))

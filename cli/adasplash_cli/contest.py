@@ -53,7 +53,7 @@ class Problem:
     def label(self) -> str:
         if self.workload is not None:
             return f"{Path(self.workload).name}, layer {self.layer}, {self.dtype}"
-        from adasplash_tuner.shapes import Shape
+        from adasplash_tuner.shapes.shape import Shape
 
         names = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "head_dim_v", "dtype", "causal")
         return str(Shape(**{name: getattr(self, name) for name in names}, deterministic=self.deterministic))

@@ -13,7 +13,7 @@ from adasplash_cli.output import console, milliseconds, note
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from adasplash_tuner.events import Event, Finished, Planned, Step
+    from adasplash_tuner.search.events import Event, Finished, Planned, Step
 
 _STAGES = {"preparing": "preparing", "screening": "screening", "halving": "narrowing", "final": "final"}
 
@@ -42,7 +42,7 @@ class Display:
         self._begun = time.monotonic()
 
     def show(self, number: int, event: Event) -> None:
-        from adasplash_tuner.events import Finished, Planned, Step
+        from adasplash_tuner.search.events import Finished, Planned, Step
 
         device = self.devices[number]
         if isinstance(event, Planned):

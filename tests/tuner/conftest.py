@@ -12,8 +12,8 @@ import pytest
 from adasplash_core import configs
 from adasplash_core.errors import AdasplashWarning
 from adasplash_tuner.key import TuningKey, tuning_key
-from adasplash_tuner.location import DATABASE_VARIABLE
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.location import DATABASE_VARIABLE
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import H100, SPEC, FakeBackend, Warned
 
 

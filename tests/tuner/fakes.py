@@ -9,7 +9,7 @@ from adasplash_core.backend import AttentionBackend, AttentionCall, ForwardResul
 from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import AttentionSpec, Pass
 from adasplash_tuner.key import TuningKey, tuning_key
-from adasplash_tuner.records import BestConfig
+from adasplash_tuner.storage.records import BestConfig
 
 SPEC = AttentionSpec(
     "cuda", "bfloat16", heads=32, kv_heads=8, head_dim=128, head_dim_v=128, batch=1, q_len=8192, kv_len=8192, causal=True

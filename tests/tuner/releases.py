@@ -33,8 +33,8 @@ place = sys.argv[1]
 spec = importlib.util.spec_from_file_location("adasplash_tuner", place + "/__init__.py", submodule_search_locations=[place])
 module = sys.modules["adasplash_tuner"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-import adasplash_tuner.schema
-assert adasplash_tuner.schema.SCHEMA_VERSION == 2
+import adasplash_tuner.storage.schema
+assert adasplash_tuner.storage.schema.SCHEMA_VERSION == 2
 """
 
 
@@ -42,13 +42,13 @@ def later_release(folder: Path, *, readable_from: int = 1) -> Path:
     """The package's folder. ``readable_from`` 2 makes its databases unreadable for the present release."""
     package = folder / "adasplash_tuner"
     shutil.copytree(Path(adasplash_tuner.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    schema = package / "schema.py"
+    schema = package / "storage/schema.py"
     text = schema.read_text().replace("SCHEMA_VERSION = 1", "SCHEMA_VERSION = 2")
     schema.write_text(text.replace("READABLE_FROM = 1", f"READABLE_FROM = {readable_from}"))
-    models = package / "models.py"
+    models = package / "storage/models.py"
     column = 'Column("readable", Text, nullable=False),'
     models.write_text(models.read_text().replace(column, f'{column} Column("host", Text, nullable=False, server_default=""),'))
-    (package / "migrations/versions/schema_0002.py").write_text(MIGRATION)
+    (package / "storage/migrations/versions/schema_0002.py").write_text(MIGRATION)
     return package
 
 

@@ -21,10 +21,10 @@ from adasplash_core.plugins import registry
 from adasplash_core.spec import PASSES, Pass
 from adasplash_tuner.key import tuning_key
 from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.records import BestConfig, Measurement
-from adasplash_tuner.shapes import Shape
-from adasplash_tuner.snapshot import shipped
-from adasplash_tuner.store import TuningStore, now
+from adasplash_tuner.shapes.shape import Shape
+from adasplash_tuner.storage.records import BestConfig, Measurement
+from adasplash_tuner.storage.snapshot import shipped
+from adasplash_tuner.storage.store import TuningStore, now
 from tests.tuner.fakes import H100, H200, SPEC, record
 
 

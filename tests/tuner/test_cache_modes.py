@@ -16,11 +16,11 @@ from adasplash_core.configs import ConfigLadder, FoundConfig, Rung
 from adasplash_core.device import DeviceInfo
 from adasplash_core.errors import ArgumentError
 from adasplash_core.spec import AttentionSpec
-from adasplash_tuner.exchange import export_document
 from adasplash_tuner.key import TuningKey, tuning_key
-from adasplash_tuner.location import MODE_VARIABLE, CacheMode, cache_mode
 from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.exchange import export_document
+from adasplash_tuner.storage.location import MODE_VARIABLE, CacheMode, cache_mode
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import H100, H200, SPEC, BlockConfig, FakeBackend, Warned, record
 
 ROOT = Path(__file__).parents[2]

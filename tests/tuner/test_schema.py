@@ -18,17 +18,17 @@ from click.testing import CliRunner
 from adasplash_cli.main import cli
 from adasplash_core.configs import ConfigLadder, FoundConfig, Rung
 from adasplash_core.errors import StoreError
-from adasplash_tuner.models import metadata
 from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.records import Measurement
-from adasplash_tuner.schema import SCHEMA_VERSION
-from adasplash_tuner.store import TuningStore
-from adasplash_tuner.upgrade import copy_aside, migrate
+from adasplash_tuner.storage.models import metadata
+from adasplash_tuner.storage.records import Measurement
+from adasplash_tuner.storage.schema import SCHEMA_VERSION
+from adasplash_tuner.storage.store import TuningStore
+from adasplash_tuner.storage.upgrade import copy_aside, migrate
 from tests.tuner import releases
 from tests.tuner.fakes import H100, SPEC, BlockConfig, FakeBackend, Warned, record
 
 OPEN_AND_WRITE = """
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import record
 from dataclasses import replace
 store = TuningStore()
@@ -144,7 +144,7 @@ def test_many_processes_upgrade_one_database_once(unversioned: Path, tmp_path: P
     # One process imports, then as many as are wanted fork: they start at the same moment.
     code = """
 import os
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.store import TuningStore
 import alembic.command
 from dataclasses import replace
 from tests.tuner.fakes import record
@@ -169,7 +169,7 @@ def test_an_upgrade_that_is_killed_leaves_the_old_schema_or_the_new_one(unversio
     code = """
 import os, random, shutil, signal, time
 from pathlib import Path
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.store import TuningStore
 import alembic.command
 path, pristine, moments = Path(sys.argv[2]), sys.argv[3], random.Random(0)
 for number in range(25):
@@ -194,7 +194,7 @@ for number in range(25):
             assert facts(path.with_name(f"{path.name}.schema-1"))["best"] == 2
     assert set(versions) <= {"1", "2"}
     assert "1" in versions
-    releases.run(later, "from adasplash_tuner.store import TuningStore; TuningStore(sys.argv[2]).engines.check_writable()",
+    releases.run(later, "from adasplash_tuner.storage.store import TuningStore; TuningStore(sys.argv[2]).engines.check_writable()",
                  str(unversioned.with_name(f"round-{versions.index('1')}.db")))  # fmt: skip
     assert facts(unversioned.with_name(f"round-{versions.index('1')}.db"))["schema_version"] == "2"
 
@@ -202,7 +202,7 @@ for number in range(25):
 def test_nothing_is_upgraded_if_the_copy_has_no_room(unversioned: Path, tmp_path: Path) -> None:
     code = """
 import resource
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.store import TuningStore
 from adasplash_core.errors import StoreError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
@@ -326,7 +326,7 @@ def test_neither_alembic_nor_sqlalchemy_is_imported_to_look_up(store: TuningStor
         "ladder = ConfigLadder([TunedConfigs()])\n"
         "print(*(ladder.find(FakeBackend(), SPEC, H100, p).rung.name for p in ('forward', 'backward')))\n"
         "print('sqlalchemy' in sys.modules, 'alembic' in sys.modules)\n"
-        "from adasplash_tuner.store import TuningStore\n"
+        "from adasplash_tuner.storage.store import TuningStore\n"
         "TuningStore().publish(record(block_n=32, median_ms=0.1))\n"
         "print('sqlalchemy' in sys.modules, 'sqlalchemy.orm' in sys.modules, 'alembic' in sys.modules)"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import record
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +26,8 @@ from dataclasses import replace
 import sqlalchemy.dialects.sqlite
 from adasplash_core.configs import ConfigLadder, Rung
 from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.records import Measurement
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.records import Measurement
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import *
 
 def in_a_child(work, *arguments):

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from adasplash_core.configs import ladder
-from adasplash_tuner.events import Request
-from adasplash_tuner.session import tune
-from adasplash_tuner.shapes import PROFILES, Shape
+from adasplash_tuner.search.events import Request
+from adasplash_tuner.search.session import tune
+from adasplash_tuner.shapes.shape import PROFILES, Shape
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tuned_vs_default.py"
 

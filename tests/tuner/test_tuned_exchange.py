@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adasplash_core.errors import ArgumentError
-from adasplash_tuner.exchange import MAX_BYTES, export_document, parse_document, read_document
-from adasplash_tuner.records import RecordError, parse_config
-from adasplash_tuner.snapshot import shipped
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.exchange import MAX_BYTES, export_document, parse_document, read_document
+from adasplash_tuner.storage.records import RecordError, parse_config
+from adasplash_tuner.storage.snapshot import shipped
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import Warned, record
 
 

@@ -17,11 +17,11 @@ from adasplash_core.configs import ConfigLadder, Rung, ladder
 from adasplash_core.device import DeviceInfo
 from adasplash_core.dispatch import choose
 from adasplash_core.plugins import Registry
-from adasplash_tuner.exchange import export_document
 from adasplash_tuner.key import TuningKey, tuning_key
 from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.records import BestConfig
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.exchange import export_document
+from adasplash_tuner.storage.records import BestConfig
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import A100, H100, H200, SPEC, BlockConfig, FakeBackend, Warned, record
 
 CPU = DeviceInfo("cpu", "Some CPU", multiprocessors=8)
@@ -423,7 +423,7 @@ def test_the_first_lookup_takes_less_than_30_ms_and_later_ones_less_than_2_us(st
     """Time of the processor, which other processes hardly change; with a backend whose sources must be hashed."""
     from adasplash_core.device import device_info
     from adasplash_core.plugins import registry
-    from adasplash_tuner.shapes import Shape
+    from adasplash_tuner.shapes.shape import Shape
 
     spec, device, backend = Shape.parse("H=8,L=4096,D=64").spec("cpu", False), device_info("cpu"), registry().backend("torch")
     key = tuning_key(backend, spec, device, "forward")
@@ -435,7 +435,7 @@ from adasplash_core.configs import ConfigLadder
 from adasplash_core.device import device_info
 from adasplash_core.plugins import registry
 from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.shapes import Shape
+from adasplash_tuner.shapes.shape import Shape
 torch.set_num_threads(int(sys.argv[1]))
 spec, device, backend = Shape.parse("H=8,L=4096,D=64").spec("cpu", False), device_info("cpu"), registry().backend("torch")
 ladder = ConfigLadder([TunedConfigs()])

@@ -12,11 +12,11 @@ import pytest
 from adasplash_core import plugins
 from adasplash_core.backend import KernelConfig
 from adasplash_core.plugins import Registry
-from adasplash_tuner import planning, session
-from adasplash_tuner.events import Report, Request
 from adasplash_tuner.key import TuningKey
-from adasplash_tuner.planning import Planning
-from adasplash_tuner.records import BestConfig, Measurement
+from adasplash_tuner.search import planning, session
+from adasplash_tuner.search.events import Report, Request
+from adasplash_tuner.search.planning import Planning
+from adasplash_tuner.storage.records import BestConfig, Measurement
 from tests.tuner.fakes import H100, BlockConfig, FakeBackend
 
 START_S = 14.0  # two processes that import torch

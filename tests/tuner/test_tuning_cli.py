@@ -17,11 +17,11 @@ from adasplash_cli.tuning_display import Display, finished_words
 from adasplash_core.device import device_info
 from adasplash_core.errors import ArgumentError
 from adasplash_core.plugins import registry
-from adasplash_tuner.events import Finished, Planned, Step
 from adasplash_tuner.key import tuning_key
-from adasplash_tuner.search import Outcome, Progress
-from adasplash_tuner.shapes import PROFILES, Shape
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.search.events import Finished, Planned, Step
+from adasplash_tuner.search.search import Outcome, Progress
+from adasplash_tuner.shapes.shape import PROFILES, Shape
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import H100, record
 
 

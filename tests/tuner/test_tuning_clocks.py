@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from adasplash_tuner.clocks import CpuTimer, GpuTimer, timer_for
+from adasplash_tuner.measure.clocks import CpuTimer, GpuTimer, timer_for
 
 
 class Clock:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from adasplash_core.backend import CompileReport, KernelConfig, KernelResources
-from adasplash_tuner.compiling import CompilePool, Compiler, Unprepared, compiles_ahead, processes_for, refusal
+from adasplash_tuner.measure.compiling import CompilePool, Compiler, Unprepared, compiles_ahead, processes_for, refusal
 from tests.tuner.fakes import H100, SPEC, BlockConfig, FakeBackend
 
 DEFAULT = BlockConfig(64, 8)

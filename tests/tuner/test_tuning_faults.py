@@ -21,10 +21,10 @@ import pytest
 from adasplash_core.configs import ConfigLadder, Rung
 from adasplash_core.errors import ArgumentError, StoreError
 from adasplash_core.plugins import Registry
-from adasplash_tuner import upkeep
-from adasplash_tuner.exchange import export_document
 from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage import upkeep
+from adasplash_tuner.storage.exchange import export_document
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import H100, SPEC, FakeBackend, Warned, record
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +189,7 @@ def run_with_file_limit(code: str, limit: int) -> str:
 def test_a_full_disk_stops_writers_with_a_reason_and_keeps_what_is_there(store: TuningStore, database: Path) -> None:
     store.publish(record())
     said = run_with_file_limit(
-        "from adasplash_tuner.store import *; from tests.tuner.fakes import *; from adasplash_core.errors import StoreError\n"
+        "from adasplash_tuner.storage.store import *; from tests.tuner.fakes import *; from adasplash_core.errors import StoreError\n"
         "try:\n    TuningStore().publish(record(block_n=32, median_ms=0.1))\n"
         "except StoreError as error: print('StoreError', error)",
         limit=1024,
@@ -272,7 +272,7 @@ from tests.tuner.fakes import *
 ladder = ConfigLadder([TunedConfigs()])
 print(*(ladder.find(FakeBackend(), SPEC, H100, pass_).rung.name for pass_ in ("forward", "backward")))
 try:
-    from adasplash_tuner.store import TuningStore
+    from adasplash_tuner.storage.store import TuningStore
     print("published", TuningStore(busy_timeout_s=0.2).publish(record(block_n=32, median_ms=0.1)))
 except StoreError as error:
     print("refused:", error)
@@ -412,8 +412,8 @@ def test_a_clock_that_goes_backwards_loses_nothing(store: TuningStore) -> None:
 import sys, time
 seconds, block_n, median_ms = map(float, sys.argv[1:])
 time.time = lambda: seconds
-from adasplash_tuner.records import Measurement
-from adasplash_tuner.store import TuningStore, now
+from adasplash_tuner.storage.records import Measurement
+from adasplash_tuner.storage.store import TuningStore, now
 from tests.tuner.fakes import *
 best = record(block_n=int(block_n), median_ms=median_ms, measured_at=now())
 TuningStore().publish(best)

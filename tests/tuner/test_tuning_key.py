@@ -14,9 +14,9 @@ from adasplash_core.call import make_call
 from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import AttentionSpec
 from adasplash_tuner.key import KEY_FIELDS, TuningKey, bucket, key_bucket, nearest, query_bucket, space_version, tuning_key
-from adasplash_tuner.models import KEYS
-from adasplash_tuner.records import Row
-from adasplash_tuner.shapes import Shape
+from adasplash_tuner.shapes.shape import Shape
+from adasplash_tuner.storage.models import KEYS
+from adasplash_tuner.storage.records import Row
 from tests.tuner.fakes import A100, H100, SPEC, BlockConfig, FakeBackend, record
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from adasplash_core.errors import ArgumentError
-from adasplash_tuner.model_shapes import model_shapes
-from adasplash_tuner.shapes import Shape
-from adasplash_tuner.targets import Target, groups, mig_slices
+from adasplash_tuner.search.targets import Target, groups, mig_slices
+from adasplash_tuner.shapes.models import model_shapes
+from adasplash_tuner.shapes.shape import Shape
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_attention_heads": 32,

@@ -9,12 +9,12 @@ import pytest
 
 from adasplash_core.device import device_info
 from adasplash_core.errors import ArgumentError
-from adasplash_tuner.events import Event, Finished, Planned, Request
-from adasplash_tuner.planning import ENOUGH, CostModel, Planning, plan, problems_of, set_run_times, share_of
-from adasplash_tuner.search import Costs, Outcome
-from adasplash_tuner.session import tune
-from adasplash_tuner.shapes import PROFILES, Shape
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.search.events import Event, Finished, Planned, Request
+from adasplash_tuner.search.planning import ENOUGH, CostModel, Planning, plan, problems_of, set_run_times, share_of
+from adasplash_tuner.search.search import Costs, Outcome
+from adasplash_tuner.search.session import tune
+from adasplash_tuner.shapes.shape import PROFILES, Shape
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import H100, record
 
 LENGTHS = (64, 1024, 256)

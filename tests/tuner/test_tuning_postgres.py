@@ -20,11 +20,11 @@ import pytest
 from adasplash_core.configs import ConfigLadder, Rung
 from adasplash_core.errors import StoreError
 from adasplash_tuner.key import KEY_FIELDS, tuning_key
-from adasplash_tuner.models import metadata
 from adasplash_tuner.provider import TunedConfigs
-from adasplash_tuner.records import Measurement
-from adasplash_tuner.store import TuningStore
-from adasplash_tuner.upgrade import migrate
+from adasplash_tuner.storage.models import metadata
+from adasplash_tuner.storage.records import Measurement
+from adasplash_tuner.storage.store import TuningStore
+from adasplash_tuner.storage.upgrade import migrate
 from tests.tuner import releases
 from tests.tuner.fakes import H100, SPEC, BlockConfig, FakeBackend, record
 
@@ -79,7 +79,7 @@ def test_an_empty_server_has_nothing_and_is_not_written_by_reading(store: Tuning
 
 def test_processes_of_a_fleet_share_one_server_and_the_fastest_result_remains(store: TuningStore) -> None:
     code = (
-        "import sys; from adasplash_tuner.store import TuningStore; from tests.tuner.fakes import record\n"
+        "import sys; from adasplash_tuner.storage.store import TuningStore; from tests.tuner.fakes import record\n"
         "for i in range(5): TuningStore().publish(record(block_n=int(sys.argv[1]), median_ms=2 - int(sys.argv[1]) / 10 - i / 100))"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=ROOT) for n in range(4)]
@@ -172,7 +172,7 @@ def test_many_processes_make_the_tables_once(empty: str) -> None:
     code = """
 import os
 from dataclasses import replace
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import record
 children = []
 for number in range(8):
@@ -203,7 +203,7 @@ def test_a_database_from_before_alembic_is_upgraded_by_a_later_release_and_still
         connection.execute("DELETE FROM adasplash_meta WHERE name = 'readable_from'")
     code = """
 from dataclasses import replace
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import record
 TuningStore().publish(replace(record(), key=replace(record().key, kv_bucket=1024)))
 """

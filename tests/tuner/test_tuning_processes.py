@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.store import TuningStore
 
 ROOT = Path(__file__).parents[2]
 SHAPE = "B=1,H=2,L=128,D=16,float32,causal"

@@ -17,12 +17,12 @@ from click.testing import CliRunner
 
 from adasplash_cli.main import cli
 from adasplash_core.device import DeviceInfo
-from adasplash_tuner.events import Finished, Report
-from adasplash_tuner.records import BestConfig, Measurement
-from adasplash_tuner.report import TIMES, render
-from adasplash_tuner.report_data import ReportData, from_reports, from_store
-from adasplash_tuner.search import InputTimes, Outcome
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.report.data import ReportData, from_reports, from_store
+from adasplash_tuner.report.page import TIMES, render
+from adasplash_tuner.search.events import Finished, Report
+from adasplash_tuner.search.search import InputTimes, Outcome
+from adasplash_tuner.storage.records import BestConfig, Measurement
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import H100, record
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)

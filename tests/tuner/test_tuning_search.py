@@ -9,12 +9,12 @@ import pytest
 
 from adasplash_core.backend import KernelConfig
 from adasplash_core.errors import ConfigRejectedError
-from adasplash_tuner.compiling import Preparation, Unprepared
 from adasplash_tuner.key import TuningKey
-from adasplash_tuner.records import BestConfig, Measurement, config_text
-from adasplash_tuner.search import Outcome, Progress, Search
-from adasplash_tuner.statistics import Samples, compare, is_faster, is_no_faster
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.measure.compiling import Preparation, Unprepared
+from adasplash_tuner.measure.statistics import Samples, compare, is_faster, is_no_faster
+from adasplash_tuner.search.search import Outcome, Progress, Search
+from adasplash_tuner.storage.records import BestConfig, Measurement, config_text
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import BlockConfig
 
 DEFAULT = BlockConfig(64, 8)

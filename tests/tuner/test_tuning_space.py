@@ -7,7 +7,7 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adasplash_tuner.space import MAX_SPACE, Neighbourhood, candidates, covering
+from adasplash_tuner.search.space import MAX_SPACE, Neighbourhood, candidates, covering
 from tests.tuner.fakes import H100, SPEC, BlockConfig, FakeBackend
 
 GRID = [{"keys": keys, "warps": warps, "stages": stages} for keys, warps, stages in product((32, 64, 128), (4, 8), (1, 2, 3))]

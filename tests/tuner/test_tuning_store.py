@@ -10,9 +10,9 @@ import pytest
 
 from adasplash_core.errors import StoreError
 from adasplash_tuner.key import TuningKey, tuning_key
-from adasplash_tuner.location import DATABASE_VARIABLE, locate
-from adasplash_tuner.records import Measurement
-from adasplash_tuner.store import TuningStore
+from adasplash_tuner.storage.location import DATABASE_VARIABLE, locate
+from adasplash_tuner.storage.records import Measurement
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fakes import H100, H200, SPEC, FakeBackend, record
 
 

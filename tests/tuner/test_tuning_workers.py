@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from adasplash_core.device import DeviceInfo, device_info
-from adasplash_tuner.events import Event, Finished, Planned, Request, Step
-from adasplash_tuner.shapes import Shape
-from adasplash_tuner.store import TuningStore
-from adasplash_tuner.targets import Target
-from adasplash_tuner.workers import MAX_RESTARTS, WorkerResult, split, tune_side_by_side
+from adasplash_tuner.search.events import Event, Finished, Planned, Request, Step
+from adasplash_tuner.search.targets import Target
+from adasplash_tuner.search.workers import MAX_RESTARTS, WorkerResult, split, tune_side_by_side
+from adasplash_tuner.shapes.shape import Shape
+from adasplash_tuner.storage.store import TuningStore
 from tests.tuner.fake_site import install_backend
 from tests.tuner.fakes import H100, H200
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adasplash_core.backend import AttentionBackend
     from adasplash_core.device import DeviceInfo
     from adasplash_core.spec import AttentionSpec, Pass
-    from adasplash_tuner.records import Row
+    from adasplash_tuner.storage.records import Row
 
 UNKNOWN = 0
 """The bucket of a length that is not known (while ``torch.compile`` traces)."""

@@ -26,10 +26,10 @@ from adasplash_tuner.key import (
     alpha_classes,
     tuning_key,
 )
-from adasplash_tuner.location import MODE_VARIABLE, CacheMode, cache_mode, locate
-from adasplash_tuner.records import BestConfig, Row, config_text
-from adasplash_tuner.snapshot import Snapshot, shipped
-from adasplash_tuner.sqlite_file import SqliteLookup
+from adasplash_tuner.storage.location import MODE_VARIABLE, CacheMode, cache_mode, locate
+from adasplash_tuner.storage.records import BestConfig, Row, config_text
+from adasplash_tuner.storage.snapshot import Snapshot, shipped
+from adasplash_tuner.storage.sqlite_file import SqliteLookup
 
 if TYPE_CHECKING:
     from adasplash_core.backend import AttentionBackend, KernelConfig
@@ -48,7 +48,7 @@ _SAME_PROBLEM = tuple(n for n in PROBLEM_FIELDS if n != "alpha_class")
 
 
 class Source(Protocol):
-    """What is asked of a :class:`~adasplash_tuner.store.TuningStore` or a :class:`~adasplash_tuner.snapshot.Snapshot`."""
+    """What is asked of a ``TuningStore``, a ``Snapshot`` or a ``SqliteLookup`` of :mod:`adasplash_tuner.storage`."""
 
     @property
     def location(self) -> object: ...
@@ -248,7 +248,7 @@ class TunedConfigs:
             if not schema.is_older:
                 schema.require_readable(location)
                 return Snapshot(location, lookup.all_rows()) if frozen else lookup
-        from adasplash_tuner.store import TuningStore  # what only SQLAlchemy can do: PostgreSQL, and an upgrade
+        from adasplash_tuner.storage.store import TuningStore  # what only SQLAlchemy can do: PostgreSQL, and an upgrade
 
         store = TuningStore(location, busy_timeout_s=LOOKUP_TIMEOUT_S)
         return Snapshot(location, store.rows()) if frozen else store
@@ -271,7 +271,7 @@ class TunedConfigs:
             return
         warn_once(f"A tuned config in {source.location} is no longer used (row {row.id}): {why}")
         if self._mode.writes and not isinstance(source, Snapshot):
-            from adasplash_tuner.store import TuningStore
+            from adasplash_tuner.storage.store import TuningStore
 
             try:
                 TuningStore(locate(self._location_text), busy_timeout_s=LOOKUP_TIMEOUT_S).quarantine(row.id, why)

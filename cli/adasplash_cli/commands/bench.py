@@ -112,7 +112,7 @@ def _backend_names() -> list[str]:
 
 def _random(text: str, dtype: str, device: str, sharpness: float) -> Problem:
     from adasplash_cli.contest import Problem
-    from adasplash_tuner.shapes import Shape
+    from adasplash_tuner.shapes.shape import Shape
 
     shape = Shape.parse(text, default_dtype=dtype)
     if shape.alpha_class != "1.5":

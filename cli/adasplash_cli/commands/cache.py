@@ -11,11 +11,11 @@ from adasplash_cli.commands.cache_report import report_command
 from adasplash_cli.output import json_option, milliseconds, note, print_json, print_table
 
 if TYPE_CHECKING:
-    from adasplash_tuner.drift import Drift
-    from adasplash_tuner.records import BestConfig, Row
-    from adasplash_tuner.snapshot import Snapshot
-    from adasplash_tuner.store import TuningStore
-    from adasplash_tuner.upkeep import Finding
+    from adasplash_tuner.measure.drift import Drift
+    from adasplash_tuner.storage.records import BestConfig, Row
+    from adasplash_tuner.storage.snapshot import Snapshot
+    from adasplash_tuner.storage.store import TuningStore
+    from adasplash_tuner.storage.upkeep import Finding
 
 
 @click.group("cache")
@@ -35,7 +35,7 @@ command.add_command(report_command)
 def path_command(as_json: bool) -> None:
     """Print where the database is, and what state it is in."""
     from adasplash_core.errors import StoreError
-    from adasplash_tuner.location import cache_mode, locate
+    from adasplash_tuner.storage.location import cache_mode, locate
 
     location, mode = locate(), cache_mode()
     exists = location.exists()
@@ -142,13 +142,13 @@ def export_command(file: Path, backend: str | None, device: str | None, pretuned
     The file is also a snapshot: with ADASPLASH_DB=FILE and ADASPLASH_CACHE_MODE=frozen every process of a job uses the same configs,
     on any file system. Configs in quarantine are left out. With --json and a FILE, what was written is reported as JSON.
     """
-    from adasplash_tuner.exchange import export_document
+    from adasplash_tuner.storage.exchange import export_document
 
     rows = [row for row in _source().rows() if _matches(row, backend, device)]
     if pretuned:
         from adasplash_core.device import visible_devices
         from adasplash_core.plugins import registry
-        from adasplash_tuner.pretuning import file_name, one_card, pretuned_document, shippable
+        from adasplash_tuner.storage.pretuning import file_name, one_card, pretuned_document, shippable
 
         records = one_card(shippable(rows, registry()), visible_devices())
         text = pretuned_document(records)
@@ -178,7 +178,7 @@ def import_command(file: Path, as_json: bool) -> None:
 
     The file's content is checked strictly and nothing in it is executed, so it may come from anyone.
     """
-    from adasplash_tuner.exchange import read_document
+    from adasplash_tuner.storage.exchange import read_document
 
     records = read_document(file)
     store = _store()
@@ -206,7 +206,7 @@ def prune_command(
         raise click.UsageError("Say what to delete: --older-than DAYS, --missing-gpu, --stale, --quarantined.")
     from adasplash_core.device import visible_devices
     from adasplash_core.plugins import registry
-    from adasplash_tuner.upkeep import DAY_S, prunable
+    from adasplash_tuner.storage.upkeep import DAY_S, prunable
 
     store = _source()
     chosen = prunable(
@@ -247,7 +247,7 @@ def verify_command(sample: int, all_rows: bool, seconds: float, tolerance: float
     with 1 if the database or a row is broken.
     """
     from adasplash_core.plugins import registry
-    from adasplash_tuner.upkeep import verify
+    from adasplash_tuner.storage.upkeep import verify
 
     store = _source()
     damage = store.integrity_problems()
@@ -293,7 +293,7 @@ def _measure_again(rows: list[Row], sample: int | None, seconds: float, workload
         return []
     from adasplash_core.device import device_info, visible_devices
     from adasplash_core.plugins import registry
-    from adasplash_tuner.drift import measure_again
+    from adasplash_tuner.measure.drift import measure_again
 
     drifts: list[Drift] = []
     devices = {(d.type, d.name, d.capability, d.multiprocessors): d for d in (*reversed(visible_devices()), device_info("cpu"))}
@@ -305,7 +305,7 @@ def _measure_again(rows: list[Row], sample: int | None, seconds: float, workload
 
 def _set_apart(store: TuningStore | Snapshot, drift: Drift) -> None:
     from adasplash_core.errors import StoreError
-    from adasplash_tuner.snapshot import Snapshot
+    from adasplash_tuner.storage.snapshot import Snapshot
 
     if isinstance(store, Snapshot):
         return
@@ -350,7 +350,7 @@ def _print_drifts(drifts: list[Drift], tolerance: float) -> None:
 @json_option
 def mend_command(as_json: bool) -> None:
     """Set a broken SQLite file aside (renamed, never deleted) and start a new one with the configs that can still be read."""
-    from adasplash_tuner.upkeep import mend
+    from adasplash_tuner.storage.upkeep import mend
 
     store = _store()
     mended = mend(store)
@@ -362,14 +362,14 @@ def mend_command(as_json: bool) -> None:
 
 def _store() -> TuningStore:
     """The database, to write to it."""
-    from adasplash_tuner.store import TuningStore
+    from adasplash_tuner.storage.store import TuningStore
 
     return TuningStore()
 
 
 def _source() -> TuningStore | Snapshot:
     """The database or the snapshot, to read it."""
-    from adasplash_tuner.snapshot import open_source
+    from adasplash_tuner.storage.snapshot import open_source
 
     return open_source()
 

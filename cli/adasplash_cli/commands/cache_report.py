@@ -20,9 +20,9 @@ def report_command(file: Path, backend: str | None, device: str | None, as_json:
         raise click.UsageError("--json and writing the page to standard output exclude each other.")
     if not file.absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {file.absolute().parent}", param_hint="FILE")
-    from adasplash_tuner.report import render
-    from adasplash_tuner.report_data import from_store
-    from adasplash_tuner.snapshot import open_source
+    from adasplash_tuner.report.data import from_store
+    from adasplash_tuner.report.page import render
+    from adasplash_tuner.storage.snapshot import open_source
 
     store = open_source()
     data = from_store(store, backend, device)

@@ -113,13 +113,13 @@ def _plugins() -> dict[str, Any]:
 
 def _database() -> dict[str, Any]:
     from adasplash_core.errors import StoreError
-    from adasplash_tuner.location import locate
+    from adasplash_tuner.storage.location import locate
 
     try:
         location = locate()
         found: dict[str, Any] = {"location": str(location), "exists": location.exists()}
         if location.exists():
-            from adasplash_tuner.snapshot import open_source
+            from adasplash_tuner.storage.snapshot import open_source
 
             found |= open_source(location).counts()
     except StoreError as error:

@@ -14,9 +14,9 @@ from adasplash_cli.tuning_display import count, display, duration
 
 if TYPE_CHECKING:
     from adasplash_core.spec import Pass
-    from adasplash_tuner.events import Finished, Report, Request
-    from adasplash_tuner.shapes import Shape
-    from adasplash_tuner.targets import Target
+    from adasplash_tuner.search.events import Finished, Report, Request
+    from adasplash_tuner.search.targets import Target
+    from adasplash_tuner.shapes.shape import Shape
 
 PASS_NAMES = ("forward", "backward")
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -95,8 +95,8 @@ def command(
     if report is not None and not report.absolute().parent.is_dir():  # told before an hour of measuring
         raise click.BadParameter(f"there is no folder {report.absolute().parent}", param_hint="--report")
     started = time.monotonic()
-    from adasplash_tuner.events import Request
-    from adasplash_tuner.shapes import Shape
+    from adasplash_tuner.search.events import Request
+    from adasplash_tuner.shapes.shape import Shape
 
     targets = _targets(gpu_auto, device, quiet=as_json)
     wanted = tuple(Shape.parse(text) for text in shapes)
@@ -115,8 +115,8 @@ def command(
     )
     reports, problems, crashes = _run(request, targets, as_json)
     if report is not None:
-        from adasplash_tuner.report import render
-        from adasplash_tuner.report_data import from_reports
+        from adasplash_tuner.report.data import from_reports
+        from adasplash_tuner.report.page import render
 
         report.write_text(render(from_reports(reports)), encoding="utf-8")
     if as_json:
@@ -137,7 +137,7 @@ def command(
 
 
 def _model_shapes(model: Path, profile: str, targets: list[Target]) -> tuple[Shape, ...]:
-    from adasplash_tuner.model_shapes import model_shapes
+    from adasplash_tuner.shapes.models import model_shapes
 
     shapes = model_shapes(model, profile, targets[0].device.partition(":")[0])
     note(f"{model}: {'; '.join(map(str, shapes))}")
@@ -147,7 +147,7 @@ def _model_shapes(model: Path, profile: str, targets: list[Target]) -> tuple[Sha
 def _targets(gpu_auto: bool, name: str | None, quiet: bool) -> list[Target]:
     from adasplash_core.device import device_info
     from adasplash_core.errors import ArgumentError
-    from adasplash_tuner.targets import Target, targets
+    from adasplash_tuner.search.targets import Target, targets
 
     if name is not None:
         try:
@@ -168,8 +168,8 @@ def _run(request: Request, targets: list[Target], as_json: bool) -> tuple[list[R
     """Reports, why devices have none, and what else ended a process."""
     from dataclasses import replace
 
-    from adasplash_tuner.session import tune
-    from adasplash_tuner.workers import split, tune_side_by_side
+    from adasplash_tuner.search.session import tune
+    from adasplash_tuner.search.workers import split, tune_side_by_side
 
     requests = split(request, targets)
     names = [_shown_name(target, requests) for target in targets]

@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from adasplash_tuner.clocks import CudaClock, GpuTimer, timer_for
+from adasplash_tuner.measure.clocks import CudaClock, GpuTimer, timer_for
 
 DEVICE = torch.device("cuda:0")
 

@@ -14,7 +14,7 @@ import torch
 
 from adasplash_core.device import device_info
 from adasplash_core.plugins import registry
-from adasplash_tuner.shapes import Shape
+from adasplash_tuner.shapes.shape import Shape
 
 ROOT = Path(__file__).parents[3]
 SHAPE = "B=1,H=16,L=4096,D=64,bf16,causal"

@@ -1,0 +1,184 @@
+"""Tunable parameters of the CUDA kernels, and the heuristics that pick them when nothing was measured. Imports no cupy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from adasplash_core.backend import KernelConfig
+from adasplash_core.device import DeviceInfo
+from adasplash_core.spec import AttentionSpec
+from adasplash_cupy.instances import ALIBI, ALPHA_GRAD, DROPOUT, GRAD, ITEMSIZES, Instance, padded
+
+_ALPHA_CODES = {"1.5": 15, "2": 20}
+
+
+@dataclass(frozen=True)
+class ForwardConfig(KernelConfig):
+    """Keys a tile and tiles in flight of each pass, and when a list of keys is worth having."""
+
+    select_keys: int = 128  # 64 or 128
+    select_stages: int = 2
+    select_programs: int = 3  # per multiprocessor
+    keys: int = 64
+    stages: int = 2
+    sample: int = 8  # the sampled pass reads every so many tiles
+    sample_steps: int = 12  # most Newton steps over the sample, at least 1
+    sample_worth: float = 1.5  # another step is taken while the rows' mean of sum p over the sample exceeds this
+    list_percent: int = 85  # longer lists, in per cent of the range, are not made ...
+    dense_percent: int = 50  # ... and not used once they have shrunk
+    least_list: int = 1024  # lists up to this length always are
+
+
+@dataclass(frozen=True)
+class BackwardConfig(KernelConfig):
+    """The backward's tiles."""
+
+    keys: int = 32  # of the pass over blocks of rows
+    stages: int = 2
+    rows: int = 64  # query rows at a time in the pass over blocks of keys
+
+
+def uses_lists(spec: AttentionSpec, kv_len: int) -> bool:
+    """Whether keys are listed at all: over short sequences a list saves nothing. Forward and backward must agree."""
+    return kv_len > short_length(spec.head_dim, spec.head_dim_v)
+
+
+def short_length(head_dim: int, head_dim_v: int) -> int:
+    """Key lengths up to this are computed over all keys in one launch."""
+    return 512 if max(head_dim, head_dim_v) <= 64 else 256
+
+
+def short_tile(spec: AttentionSpec, kv_len: int) -> int:
+    """Keys a warp of the pass for short sequences, two of which share a row; 0 where that pass does not take the call."""
+    if uses_lists(spec, kv_len) or _width(spec) > 64:
+        return 0
+    # Long rows of scores leave registers only for the plainest of transforms.
+    most = 256 if spec.dtype != "float32" and spec.alpha_class in _ALPHA_CODES else 128
+    return next((tile for tile in (64, 128, 256) if kv_len <= 2 * tile <= 2 * most), 0)
+
+
+def short_instance(spec: AttentionSpec, config: ForwardConfig, tile: int) -> Instance:
+    """The one kernel of a short sequence's forward."""
+    e, ev, alpha = padded(spec.head_dim), padded(spec.head_dim_v), _ALPHA_CODES.get(spec.alpha_class, 0)
+    flags = ALIBI * spec.alibi | GRAD * spec.needs_grad | DROPOUT * spec.dropout
+    return Instance("forward_short", spec.dtype, e, ev, alpha, tile, config.stages, flags)
+
+
+def forward_instances(spec: AttentionSpec, config: ForwardConfig) -> dict[str, Instance]:
+    """The forward's kernels as this call compiles them."""
+    e, ev, alpha = padded(spec.head_dim), padded(spec.head_dim_v), _ALPHA_CODES.get(spec.alpha_class, 0)
+    alibi = ALIBI * spec.alibi
+    flags = alibi | GRAD * spec.needs_grad | DROPOUT * spec.dropout
+    return {
+        "key_max": Instance("key_max", spec.dtype),
+        "forward_select": Instance("forward_select", spec.dtype, e, 16, alpha, config.select_keys, config.select_stages, alibi),
+        "forward_lists": Instance("forward_lists", spec.dtype, e, ev, alpha, config.keys, config.stages, flags),
+        "forward_dense": Instance("forward_dense", spec.dtype, e, ev, alpha, config.keys, config.stages, flags),
+    }
+
+
+def backward_instances(spec: AttentionSpec, config: BackwardConfig) -> dict[str, Instance]:
+    """The backward's kernels as this call compiles them."""
+    e, ev, alpha = padded(spec.head_dim), padded(spec.head_dim_v), _ALPHA_CODES.get(spec.alpha_class, 0)
+    flags = ALIBI * spec.alibi | DROPOUT * spec.dropout
+    rows_flags = flags | ALPHA_GRAD * spec.alpha_requires_grad
+    return {
+        "backward_rows": Instance("backward_rows", spec.dtype, e, ev, alpha, config.keys, config.stages, rows_flags),
+        "backward_keys": Instance("backward_keys", spec.dtype, e, ev, alpha, config.rows, 1, flags),
+    }
+
+
+def fits(spec: AttentionSpec, device: DeviceInfo) -> bool:
+    """Whether some config runs: the widest heads do not fit GPUs with little shared memory."""
+    forward, backward = default_forward(spec, device), default_backward(spec, device)
+    instances = [*forward_instances(spec, forward).values(), *backward_instances(spec, backward).values()]
+    return all(instance.shared_bytes <= _limit(device) for instance in instances)
+
+
+def _limit(device: DeviceInfo) -> int:
+    return device.shared_memory or 1 << 30
+
+
+def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
+    """Large tiles where registers allow, then what fits the device's shared memory."""
+    width, wide = _width(spec), spec.dtype == "float32"
+    config = ForwardConfig(keys=64 if width <= 64 and not wide else 32, select_keys=128 if width <= 64 else 64)
+    if width > 128 or (wide and width > 64):
+        config = replace(config, keys=16)
+    while _forward_bytes(spec, config) > _limit(device) and config.stages > 1:
+        config = replace(config, stages=1, select_stages=1)
+    while _forward_bytes(spec, config) > _limit(device) and config.keys > 16:
+        config = replace(config, keys=config.keys // 2, select_keys=64)
+    return config
+
+
+def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
+    """As :func:`default_forward`."""
+    width = _width(spec)
+    plain = spec.alpha_class in _ALPHA_CODES and not (spec.alibi or spec.dropout)
+    config = BackwardConfig(keys=32 if width <= 128 else 16, rows=64 if width <= 64 and plain else 32)
+    if spec.dtype == "float32":
+        config = replace(config, rows=32 if width <= 64 else 16)
+    while _backward_bytes(spec, config) > _limit(device) and config.stages > 1:
+        config = replace(config, stages=1)
+    while _backward_bytes(spec, config) > _limit(device) and config.keys > 16:
+        config = replace(config, keys=config.keys // 2)
+    while _keys_bytes(spec, config) > _limit(device) and config.rows > 16:
+        config = replace(config, rows=config.rows // 2)
+    return config
+
+
+def _width(spec: AttentionSpec) -> int:
+    return padded(max(spec.head_dim, spec.head_dim_v))
+
+
+def _forward_bytes(spec: AttentionSpec, config: ForwardConfig) -> int:
+    short = short_instance(spec, config, 256).shared_bytes if _width(spec) <= 64 else 0
+    return max(short, *(instance.shared_bytes for instance in forward_instances(spec, config).values()))
+
+
+def _backward_bytes(spec: AttentionSpec, config: BackwardConfig) -> int:
+    return backward_instances(spec, config)["backward_rows"].shared_bytes
+
+
+def _keys_bytes(spec: AttentionSpec, config: BackwardConfig) -> int:
+    return backward_instances(spec, config)["backward_keys"].shared_bytes
+
+
+def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardConfig]:
+    """Candidates around the default, one or two fields away, that fit the device."""
+    base, seen = default_forward(spec, device), set()
+    for config in (
+        *(
+            replace(base, keys=keys, stages=stages)
+            for keys in (base.keys, base.keys // 2)
+            for stages in (1, 2, 3)
+            if keys >= 16
+        ),
+        *(replace(base, select_keys=keys, select_stages=stages) for keys in (64, 128) for stages in (1, 2, 3)),
+        *(replace(base, select_programs=programs) for programs in (1, 2, 4)),
+        *(replace(base, sample=sample, sample_worth=worth) for sample in (8, 16) for worth in (1.5, 1.2, 4.0)),
+        *(replace(base, list_percent=percent) for percent in (50, 70, 95)),
+    ):
+        if config not in seen and _forward_bytes(spec, config) <= _limit(device) and not _spills(spec, config.select_keys, 64):
+            seen.add(config)
+            yield config
+
+
+def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[BackwardConfig]:
+    """As :func:`forward_space`."""
+    base, seen = default_backward(spec, device), set()
+    for keys in (base.keys, base.keys * 2, base.keys // 2):
+        for stages in (1, 2, 3):
+            for rows in (base.rows, base.rows // 2):
+                config = replace(base, keys=keys, stages=stages, rows=rows)
+                fit = max(_backward_bytes(spec, config), _keys_bytes(spec, config)) <= _limit(device)
+                if min(keys, rows) >= 16 and fit and config not in seen:
+                    seen.add(config)
+                    yield config
+
+
+def _spills(spec: AttentionSpec, keys: int, most: int) -> bool:
+    """fp32 tiles of more keys do not fit the registers."""
+    return ITEMSIZES[spec.dtype] == 4 and keys > most

@@ -1,0 +1,100 @@
+"""What is compiled: a kernel with its template arguments, its source in one piece, and the shared memory it takes. Imports no cupy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from adasplash_cupy.params import SOURCES
+
+ROWS = 64
+"""Query rows a block: those that share one list of keys."""
+WARPS = 4
+THREADS = 32 * WARPS
+KEYS = 16 * WARPS
+"""Keys a program of backward_keys, for at least COLUMNS columns of their gradients."""
+COLUMNS = 64
+SHORT_ROWS = 32
+"""Query rows a program of forward_short."""
+
+GRAD, ALIBI, DROPOUT, ALPHA_GRAD = 1, 2, 4, 8
+ALL_FLAGS = GRAD | ALIBI | DROPOUT | ALPHA_GRAD
+HEAD_DIMS = (16, 32, 64, 128, 256)
+"""Head dims are padded to one of these."""
+ELEMENTS = {"float16": "half_t", "bfloat16": "bf16_t", "float32": "float"}
+ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # configs are asked for what is not supported too
+KERNELS = (
+    "key_max",
+    "forward_select",
+    "forward_lists",
+    "forward_dense",
+    "forward_short",
+    "backward_rows",
+    "backward_keys",
+    "transform",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One kernel as it is compiled. ``key_max`` and ``transform`` depend on ``dtype`` alone."""
+
+    kernel: str
+    dtype: str
+    head_dim: int = 16  # padded
+    head_dim_v: int = 16
+    alpha: int = 0  # 15, 20, or 0 where the device decides
+    tile: int = 64  # keys at a time; backward_keys: query rows; forward_short: a warp's keys
+    stages: int = 2  # tiles in flight
+    flags: int = 0
+
+    @property
+    def expression(self) -> str:
+        """The name that NVRTC lowers."""
+        element = ELEMENTS[self.dtype]
+        if self.kernel in ("key_max", "transform"):
+            return f"{self.kernel}<{element}>"
+        shape = (self.head_dim, self.head_dim_v, self.alpha, self.tile, self.stages, self.flags)
+        return f"{self.kernel}<Shape<{element}, {', '.join(map(str, shape))}>>"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block; of ``transform`` without its cache."""
+        size = ITEMSIZES[self.dtype]
+        row_k, row_v = self.head_dim * size + 16, self.head_dim_v * size + 16
+        if self.kernel == "key_max":
+            return 0
+        if self.kernel == "transform":
+            return 3 * WARPS * 4
+        if self.kernel == "backward_keys":
+            return (KEYS + self.tile) * (row_k + row_v) + 7 * self.tile * 4
+        if self.kernel == "forward_short":
+            tiles = SHORT_ROWS * row_k + self.stages * 128 * max(row_k, row_v)
+            return tiles + (32 * WARPS + 2 * self.tile + 32) * 4
+        values = self.kernel != "forward_select"
+        tiles = ROWS * row_k + self.stages * self.tile * (row_k + values * row_v) + ((self.stages + 3) * self.tile + 32) * 4
+        if self.kernel == "forward_select":
+            return tiles + 4 * ROWS * 4
+        if self.kernel == "backward_rows":
+            return tiles + ROWS * (row_v + 2 * (self.tile * size + 16))
+        return tiles
+
+
+def padded(head_dim: int) -> int:
+    """The smallest of HEAD_DIMS that holds it; beyond them, where nothing is compiled, the next power of two."""
+    return max(HEAD_DIMS[0], 1 << (head_dim - 1).bit_length())
+
+
+@cache
+def source(kernel: str) -> str:
+    """The text of ``src/<kernel>.cu`` with its headers in place: CuPy's cache on disk knows a program by its text alone."""
+    return re.sub(r'^#include "(\w+\.cuh)"$', lambda found: _header(found[1]), _read(f"{kernel}.cu"), flags=re.M)
+
+
+def _header(name: str) -> str:
+    return _read(name).replace("#pragma once", "")
+
+
+def _read(name: str) -> str:
+    return (SOURCES / name).read_text(encoding="utf-8")

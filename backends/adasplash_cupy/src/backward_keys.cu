@@ -1,0 +1,198 @@
+// Backward, a program per block of 64 keys: dK and dV of the query blocks that kept no list, in a fixed order.
+//
+//     dK = scale ds^T Q,  dV = p^T dO,  summed over the query heads that share the key head.
+//
+// Starts from what backward_rows added by atomics (if lists were kept) and writes the gradients in their own dtype; with no lists at all
+// the result is the same bits in every run. Keys lie on the M side: p^T and ds^T are at once the left operands of the second products.
+// S::BN query rows are taken at a time; wide heads are split over programs (block_y), which compute the same scores.
+#include "ptx.cuh"
+#include "params.cuh"
+#include "entmax.cuh"
+#include "products.cuh"
+#include "rows.cuh"
+#include "gradient.cuh"
+
+inline constexpr int KEYS = 16 * WARPS;
+
+// Columns of dK and dV a program: what registers hold beside the transform. The grid has enough programs for 64 each.
+template <class S>
+DEVICE constexpr int key_columns() {
+    return S::ALPHA != 0 && S::FLAGS == 0 ? ptx::MOST_COLUMNS : 64;
+}
+
+template <class S>
+struct KeysTiles {
+    using T = typename S::T;
+    static constexpr int RB = S::BN;
+    T *k, *v, *q, *d_out;
+    float *m, *c, *e, *delta;
+    int *lo, *hi, *diag;
+
+    DEVICE KeysTiles() {
+        u8* at = ptx::shared_memory();
+        at = take(at, k, KEYS * S::PK);
+        at = take(at, v, KEYS * S::PV);
+        at = take(at, q, RB * S::PK);
+        at = take(at, d_out, RB * S::PV);
+        at = take(at, m, RB);
+        at = take(at, c, RB);
+        at = take(at, e, RB);
+        at = take(at, delta, RB);
+        at = take(at, lo, RB);
+        at = take(at, hi, RB);
+        take(at, diag, RB);
+    }
+    DEVICE static constexpr int bytes() { return (KEYS + RB) * (S::PK + S::PV) * static_cast<int>(sizeof(T)) + 7 * RB * 4; }
+
+    template <class X>
+    DEVICE static u8* take(u8* at, X*& piece, int count) {
+        piece = reinterpret_cast<X*>(at);
+        return at + count * sizeof(X);
+    }
+};
+
+// Sums of lists' keys, where there are any.
+template <int C>
+DEVICE void load_sums(float (&d)[C][4], const float* sums, i64 first, int keys, int columns, int column) {
+    clear(d);
+    if (sums == nullptr) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        int key = warp() * 16 + lane() / 4 + 8 * r;
+        if (key >= keys) continue;
+#pragma unroll
+        for (int n = 0; n < C; ++n) {
+            int at = column + n * 8 + lane() % 4 * 2;
+            if (at < columns) d[n][2 * r] = sums[(first + key) * columns + at], d[n][2 * r + 1] = sums[(first + key) * columns + at + 1];
+        }
+    }
+}
+
+template <class T, int C>
+DEVICE void store_sums(T* to, const float (&d)[C][4], i64 stride, int keys, int columns, int column) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        int key = warp() * 16 + lane() / 4 + 8 * r;
+        if (key >= keys) continue;
+#pragma unroll
+        for (int n = 0; n < C; ++n) {
+            int at = column + n * 8 + lane() % 4 * 2;
+            if (at < columns) store_pair(to + key * stride + at, d[n][2 * r], d[n][2 * r + 1]);
+        }
+    }
+}
+
+template <class S>
+KERNEL(THREADS, programs<S>(2))
+backward_keys(PARAMS p) {
+    using T = typename S::T;
+    constexpr int RB = S::BN, MOST = key_columns<S>();
+    constexpr int CK = (S::BE < MOST ? S::BE : MOST) / 8, CV = (S::BEV < MOST ? S::BEV : MOST) / 8;
+    KeysTiles<S> shared;
+    int key_blocks = (p.kv_len + KEYS - 1) / KEYS, kv_bh = ptx::block_x() / key_blocks;
+    int kv_heads = p.heads / p.group, b = kv_bh / kv_heads, kv_head = kv_bh % kv_heads;
+    int first = ptx::block_x() % key_blocks * KEYS, keys = p.kv_len - first < KEYS ? p.kv_len - first : KEYS;
+    // A chunk of columns of dK and one of dV; a head that is narrower has fewer.
+    int column = ptx::block_y() * MOST, k_column = column < S::BE ? column : 0, v_column = column < S::BEV ? column : 0;
+    if (column >= S::BE && column >= S::BEV) return;
+    const T* k_head = static_cast<const T*>(p.k) + b * p.k_batch + kv_head * p.k_head;
+    const T* v_head = static_cast<const T*>(p.v) + b * p.v_batch + kv_head * p.v_head;
+    copy_rows<T, S::BE, KEYS>(shared.k, k_head, p.k_row, p.head_dim, first, p.kv_len);
+    copy_rows<T, S::BEV, KEYS>(shared.v, v_head, p.v_row, p.head_dim_v, first, p.kv_len);
+    ptx::commit_copies();
+    int key[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        key[r] = first + warp() * 16 + lane() / 4 + 8 * r;
+        if (key[r] >= p.kv_len || (p.key_mask != nullptr && p.key_mask[b * p.key_mask_batch + key[r]] == 0)) key[r] = -1;
+    }
+    float d_k[CK][4], d_v[CV][4];
+    i64 kv_at = static_cast<i64>(kv_bh) * p.kv_len + first;
+    load_sums(d_k, p.dk_sum, kv_at, keys, p.head_dim, k_column);
+    load_sums(d_v, p.dv_sum, kv_at, keys, p.head_dim_v, v_column);
+    int first_block = 0, last_block = p.q_blocks;
+    if (p.lo == nullptr) {
+        i64 lowest = static_cast<i64>(first) - p.shift - p.right, highest = static_cast<i64>(first) + KEYS + p.left - p.shift;
+        first_block = lowest > 0 ? static_cast<int>(lowest / ROWS) : 0;
+        i64 last = highest > 0 ? (highest + ROWS - 1) / ROWS : 0;
+        last_block = last < p.q_blocks ? static_cast<int>(last) : p.q_blocks;
+    }
+    for (int g = 0; g < p.group; ++g) {
+        int head = kv_head * p.group + g, bh = b * p.heads + head;
+        Block<S> x(p, bh, 0);
+        const int* blocks = p.blocks == nullptr ? nullptr : p.blocks + 2 * static_cast<i64>(bh) * p.q_blocks;
+        if (blocks != nullptr) {
+            bool dense = false;
+            for (int i = first_block + ptx::thread(); i < last_block; i += THREADS) dense = dense || blocks[2 * i + 1] < 0;
+            if (!ptx::sync_any(dense)) continue;
+        }
+        bool dropout = S::is(DROPOUT) && p.seed != nullptr, biased = S::is(ALIBI) && p.slopes != nullptr;
+        for (int row = first_block * ROWS; row < last_block * ROWS && row < p.q_len; row += RB) {
+            if (blocks != nullptr && blocks[2 * (row / ROWS) + 1] >= 0) continue;
+            bool wanted = false;
+            if (ptx::thread() < RB) {
+                Interval seen = interval(p, b, row + ptx::thread());
+                wanted = seen.lo < seen.hi && seen.hi > first && seen.lo < first + KEYS;
+            }
+            if (!ptx::sync_any(wanted)) continue;  // also: all are done with the rows before
+            copy_rows<T, S::BE, RB>(shared.q, x.q(), p.q_row, p.head_dim, row, p.q_len);
+            copy_rows<T, S::BEV, RB>(shared.d_out, x.d_out(), p.d_out_row, p.head_dim_v, row, p.q_len);
+            ptx::commit_copies();
+            if (ptx::thread() < RB) {
+                int i = ptx::thread();
+                bool inside = row + i < p.q_len;
+                i64 at = static_cast<i64>(bh) * p.q_len + row + i;
+                Point point = x.entmax.point(inside ? p.m[at] : 0.f, inside ? p.c[at] : 0.f);
+                shared.m[i] = point.m, shared.c[i] = point.c, shared.e[i] = point.e;
+                shared.delta[i] = inside ? p.delta[at] : 0.f;
+                Interval seen = interval(p, b, row + i);
+                shared.lo[i] = seen.lo, shared.hi[i] = seen.hi, shared.diag[i] = seen.diag;
+            }
+            ptx::wait_copies<0>();
+            ptx::sync();
+            float a[1][RB / 8][4], dp[1][RB / 8][4];
+            clear(a[0]);
+            multiply_rows<T, S::BE>(a, shared.k + warp() * 16 * S::PK, shared.q);
+            clear(dp[0]);
+            multiply_rows<T, S::BEV>(dp, shared.v + warp() * 16 * S::PV, shared.d_out);
+#pragma unroll
+            for (int n = 0; n < RB / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    int at = n * 8 + lane() % 4 * 2 + i % 2, j = key[i / 2];
+                    float score = a[0][n][i] * x.x_scale;
+                    if (S::is(ALIBI) && biased) {
+                        int distance = shared.diag[at] - j;
+                        score -= x.slope * static_cast<float>(distance < 0 ? -distance : distance);
+                    }
+                    if (j < shared.lo[at] || j >= shared.hi[at]) score = -INFINITE;
+                    float keep = 1.f;
+                    if (S::is(DROPOUT) && dropout) keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + at, j, bh);
+                    Point point{shared.m[at], shared.c[at], shared.e[at]};
+                    float weight, ds;
+                    score_gradient(x.entmax, score, point, dp[0][n][i], keep, shared.delta[at], ds, weight);
+                    a[0][n][i] = weight;
+                    dp[0][n][i] = ds * p.scale;
+                }
+#pragma unroll
+            for (int n = 0; n < RB / 8; n += 2) {
+                float part[2][4];
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) part[j][i] = a[0][n + j][i];
+                multiply_weights<T, S::PV>(d_v, part, shared.d_out + n * 8 * S::PV + v_column);
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) part[j][i] = dp[0][n + j][i];
+                multiply_weights<T, S::PK>(d_k, part, shared.q + n * 8 * S::PK + k_column);
+            }
+        }
+    }
+    ptx::wait_copies<0>();
+    T* to_k = static_cast<T*>(p.d_k) + b * p.d_k_batch + kv_head * p.d_k_head + first * p.d_k_row;
+    T* to_v = static_cast<T*>(p.d_v) + b * p.d_v_batch + kv_head * p.d_v_head + first * p.d_v_row;
+    if (column < S::BE) store_sums(to_k, d_k, p.d_k_row, keys, p.head_dim, k_column);
+    if (column < S::BEV) store_sums(to_v, d_v, p.d_v_row, keys, p.head_dim_v, v_column);
+}

@@ -1,0 +1,170 @@
+// Forward, second pass: exact tau, O and O2 of the blocks of rows whose lists are short.
+//
+// A long list is shortened first: T rises by a Newton step over the list, columns below it drop out. A list that fits is then solved
+// with its scores on chip; a longer one is left to forward_dense, as is one that still holds most of the keys. The keys that some row
+// really weighs are kept for the backward, as long as the pool has room.
+#include "ptx.cuh"
+#include "params.cuh"
+#include "entmax.cuh"
+#include "products.cuh"
+#include "rows.cuh"
+#include "tiles.cuh"
+#include "evaluate.cuh"
+#include "output.cuh"
+
+// Raises T and drops the keys below it; returns the list's new length.
+template <class S>
+DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int count) {
+    const Params& p = x.p;
+    List<S::BN> keys{list, count};
+    float f[2], s[2], m[2], t[2], margin[2];
+    Point at[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        bool inside = x.row[r] < p.q_len;
+        t[r] = inside ? p.t[x.row_at(r)] : 0.f;
+        margin[r] = inside ? p.margin[x.row_at(r)] : 0.f;
+        // Measured from the bound itself (m := T, c := 0) the sums are those at tau = T, whatever the max turns out to be.
+        at[r] = x.entmax.point(t[r], 0.f);
+    }
+    evaluate(x, shared, keys, at, !x.entmax.is(POWER), f, s, m);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float c = x.entmax.first_c();
+        if (m[r] == -INFINITE) m[r] = 0.f;
+        if (!x.entmax.is(POWER)) {
+            float risen = t[r] - x.entmax.newton(0.f, f[r], s[r]);
+            c = fminf(c, m[r] - (f[r] > 1.f && f[r] < INFINITE ? risen : t[r]) + margin[r]);
+        }
+        t[r] = x.entmax.threshold(m[r], c);
+        if (lane() % 4 == 0 && x.row[r] < p.q_len) p.t[x.row_at(r)] = t[r];
+        t[r] = x.some(r) ? t[r] - margin[r] : INFINITE;
+    }
+    int kept = 0;
+    Left<typename S::T, S::BE> q(shared.q + warp() * 16 * S::PK);
+    each_tile(x, shared, keys, false, [&](int tile, const auto* k, const auto*, const int* index, bool whole) {
+        float a[1][S::NT][4];
+        clear(a[0]);
+        multiply_left(a, q, k);
+        to_scores(a[0], x, index, whole);
+        u32 bits = 0;
+#pragma unroll
+        for (int n = 0; n < S::NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (a[0][n][i] >= t[i / 2] && a[0][n][i] > -INFINITE) bits |= 1u << (2 * n + i % 2);
+        int* flags = shared.flags + tile % 2 * S::BN;
+        mark_columns<S::NT>(bits, flags);
+        ptx::sync();
+        if (warp() == 0) kept = append_flagged(list, kept, index, flags, S::BN);
+    });
+    return from_first_warp(kept, shared.scratch);
+}
+
+// As many as the tiles in shared memory hold, unless the registers hold fewer.
+template <class S>
+DEVICE constexpr int keys_on_chip() {
+    return S::STAGES > 1 && S::ALPHA != 0 ? 2 * S::BN : S::BN;
+}
+
+// A list of at most keys_on_chip keys: everything from one product. Returns how many are weighed.
+template <class S>
+DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int count) {
+    using T = typename S::T;
+    constexpr int BS = keys_on_chip<S>(), NT = BS / 8;
+    constexpr int C = (S::BEV < 32 ? S::BEV : 32) / 8;  // the scores take most of the registers
+    if (ptx::thread() < BS) shared.index[ptx::thread()] = ptx::thread() < count ? list[ptx::thread()] : -1;
+    ptx::sync();
+    gather_rows<T, S::BE, BS>(shared.k, x.k, x.p.k_row, x.p.head_dim, shared.index);
+    ptx::commit_copies();
+    gather_rows<T, S::BEV, BS>(shared.v, x.v, x.p.v_row, x.p.head_dim_v, shared.index);
+    ptx::commit_copies();
+    ptx::wait_copies<1>();
+    ptx::sync();
+    float a[1][NT][4];
+    clear(a[0]);
+    multiply_rows<T, S::BE>(a, shared.q + warp() * 16 * S::PK, shared.k);
+    to_scores(a[0], x, shared.index, false);
+    float m[2] = {-INFINITE, -INFINITE}, c[2];
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) m[i / 2] = fmaxf(m[i / 2], a[0][n][i]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        m[r] = row_max(m[r]);
+        if (m[r] == -INFINITE) m[r] = 0.f;
+        c[r] = x.entmax.first_c();
+    }
+    for (int step = 0; step < MAX_STEPS; ++step) {
+        Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
+        float f[2] = {0.f, 0.f}, s[2] = {0.f, 0.f};
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float p, u;
+                x.entmax.weigh(a[0][n][i], at[i / 2], p, u);
+                f[i / 2] += p;
+                s[i / 2] += u;
+            }
+        bool more = false;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            f[r] = row_sum(f[r]), s[r] = row_sum(s[r]);
+            more = more || (s[r] > 0.f && fabsf(f[r] - 1.f) > x.p.tol);
+            c[r] = x.entmax.newton(c[r], f[r], s[r]);
+        }
+        if (ptx::ballot(more) == 0) break;
+    }
+    ptx::wait_copies<0>();
+    ptx::sync();
+    Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
+    Sums<S> sums;
+    u32 bits = 0;
+#pragma unroll 1
+    for (int column = 0; column < S::BEV; column += 8 * C) {
+        float o[C][4], o2[C][4];
+        clear(o);
+        clear(o2);
+        at[0].c = ptx::renewed(at[0].c), at[1].c = ptx::renewed(at[1].c);
+        u32 found = add_output(x, a[0], shared.v + column, shared.index, at, column == 0, sums, o, o2);
+        if (column == 0) {
+            bits = found;
+            sums.finish();
+        }
+        store_output(x, shared.q, sums, o, o2, column);
+    }
+    store_states(x, sums, m, c);
+    mark_columns<NT>(bits, shared.flags);
+    ptx::sync();
+    return warp() == 0 ? append_flagged(list, 0, shared.index, shared.flags, BS) : 0;
+}
+
+template <class S>
+KERNEL(THREADS, programs<S>(3))
+forward_lists(PARAMS p) {
+    using T = typename S::T;
+    constexpr int FITS = keys_on_chip<S>();
+    int bh = ptx::block_x() / p.q_blocks, block = p.q_blocks - 1 - ptx::block_x() % p.q_blocks;
+    int* entry = p.entries + (static_cast<i64>(bh) * p.q_blocks + block) * 2;
+    int count = entry[1];
+    if (count < 0) return;
+    Tiles<S> shared(true);
+    Block<S> x(p, bh, block);
+    copy_rows<T, S::BE, ROWS>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
+    ptx::commit_copies();
+    for (int i = ptx::thread(); i < 2 * S::BN; i += THREADS) shared.flags[i] = 0;
+    ptx::wait_copies<0>();
+    x.find_rows(shared.scratch);  // syncs
+    int* list = p.lists + entry[0];
+    if (count > FITS) count = shrink(x, shared, list, count);
+    if (count <= FITS) {
+        keep_list(x, list, on_chip(x, shared, list, count), shared.scratch);
+        count = FINISHED;
+    } else {
+        int limit = (x.end - x.low) / 100 * p.dense_percent;
+        if (count > (limit > p.least_list ? limit : p.least_list)) count = EVERY_KEY;
+    }
+    if (ptx::thread() == 0) entry[1] = count;
+}

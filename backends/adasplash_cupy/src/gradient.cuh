@@ -1,0 +1,39 @@
+// The gradient of a score, and the terms of alpha's.
+//
+//     dp = dO V^T          delta = dO . O2,  O2 = U V / sum u          ds = u (dp - delta)
+//
+// in score units (AdaSplash, arXiv 2502.12082, App. A). A dropped entry is absent from O2, dp and the p of dV, and stays in u.
+#pragma once
+
+// (ds, p as dV needs it) of an entry with x, dp = dO . V; `keep` is 1 without dropout.
+template <class E>
+DEVICE void score_gradient(const E& entmax, float x, const Point& at, float dp, float keep, float delta, float& ds, float& p) {
+    float u;
+    entmax.weigh(x, at, p, u);
+    // Not merely u * (...): beside a key that does not exist, whatever its memory holds, 0 must stay 0.
+    ds = u == 0.f ? 0.f : u * (dp * keep - delta);
+    p = p == 0.f ? 0.f : p * keep;
+}
+
+// d alpha of a row, with L = ln p, g = (e^(-h L) - 1 + h L) / h^2 and S = sum u (Correia et al. 2019, without its cancellation at h = 0):
+//
+//     -(1/S) sum_j dp_j p_j [ (g_j - G) + h (L_j G - g_j E) ],   G = sum p g,  E = sum p L.
+struct AlphaSums {
+    float pg = 0.f, pl = 0.f, dp = 0.f, dpg = 0.f, dpl = 0.f, u = 0.f;
+
+    DEVICE void add(float p, float d, float h) {
+        if (!(p > 0.f)) {
+            if (p != p) pg = p;
+            return;
+        }
+        float l = logf(p), t = -h * l;
+        // (e^t - 1 - t) / t^2: its series where the quotient cancels.
+        float series = 0.5f + t * (1.f / 6 + t * (1.f / 24 + t * (1.f / 120 + t * (1.f / 720 + t * (1.f / 5040 + t * (1.f / 40320))))));
+        float g = l * l * (t > 0.5f ? (expf(t) - 1.f - t) / (t * t) : series);
+        pg += p * g, pl += p * l, dp += d * p, dpg += d * p * g, dpl += d * p * l, u += p * expf(t);
+    }
+    DEVICE float total(float h) const {
+        float g = row_sum(pg), l = row_sum(pl), d = row_sum(dp), dg = row_sum(dpg), dl = row_sum(dpl), s = row_sum(u);
+        return -(dg - d * g + h * (dl * g - dg * l)) / (s > 0.f ? s : 1.f);
+    }
+};

@@ -1,0 +1,194 @@
+// O and O2 of a block of rows, once their states are known: a pass over the keys, or the scores themselves where they are on chip.
+#pragma once
+
+// Columns of V in registers at a time: O and O2 of wider heads take two passes.
+template <class S>
+DEVICE constexpr int value_columns() {
+    constexpr int most = S::is(GRAD) ? 64 : 128;
+    return S::BEV < most ? S::BEV : most;
+}
+
+template <class S>
+struct Sums {
+    float p[2] = {0.f, 0.f}, u[2] = {0.f, 0.f};
+    int support[2] = {0, 0};
+
+    DEVICE void finish() {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            p[r] = row_sum(p[r]), u[r] = row_sum(u[r]);
+            support[r] += ptx::shuffle_xor(support[r], 1);
+            support[r] += ptx::shuffle_xor(support[r], 2);
+        }
+    }
+};
+
+// Adds the scores a of N tiles of 8 keys to (O, O2); returns the bits of the columns that some row weighs, for mark_columns.
+template <class S, int N, int C>
+DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename S::T* v, const int* index, const Point (&at)[2],
+                      bool count, Sums<S>& sums, float (&o)[C][4], float (&o2)[C][4]) {
+    bool dropout = S::is(DROPOUT) && x.p.seed != nullptr, grad = S::is(GRAD) && x.p.o2 != nullptr;
+    u32 bits = 0;
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+        float p[2][4], u[2][4];
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int r = i / 2;
+                x.entmax.weigh(a[n + j][i], at[r], p[j][i], u[j][i]);
+                if (count) {
+                    sums.p[r] += p[j][i];
+                    sums.u[r] += u[j][i];
+                    sums.support[r] += p[j][i] > 0.f;
+                    if (u[j][i] != 0.f) bits |= 1u << (2 * (n + j) + i % 2);
+                }
+                if (S::is(DROPOUT) && dropout) {
+                    float keep = x.keep(r, index[(n + j) * 8 + lane() % 4 * 2 + i % 2]);
+                    p[j][i] *= keep;
+                    u[j][i] *= keep;
+                }
+            }
+        multiply_weights<typename S::T, S::PV>(o, p, v + n * 8 * S::PV);
+        if (S::is(GRAD) && grad) multiply_weights<typename S::T, S::PV>(o2, u, v + n * 8 * S::PV);
+    }
+    return bits;
+}
+
+// Whether a row of Q holds NaN or inf: such a query spoils its own row, whatever its keys.
+template <class S>
+DEVICE bool broken_row(const typename S::T* q, int row) {
+    bool broken = false;
+    for (int i = lane() % 4; i < S::BE; i += 4) broken = broken || !(fabsf(ptx::to_float(q[row * S::PK + i])) < INFINITE);
+    int any = broken;
+    any |= ptx::shuffle_xor(any, 1);
+    return (any | ptx::shuffle_xor(any, 2)) != 0;
+}
+
+// Normalises and writes columns first_column ... of a block of rows; rows that see no key become 0.
+template <class S, int C>
+DEVICE void store_output(const Block<S>& x, const typename S::T* q, const Sums<S>& sums, const float (&o)[C][4],
+                         const float (&o2)[C][4], int first_column) {
+    using T = typename S::T;
+    const Params& p = x.p;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        bool some = x.some(r), live = some && sums.p[r] > 0.f;
+        bool broken = broken_row<S>(q, warp() * 16 + lane() / 4 + 8 * r) || sums.p[r] != sums.p[r];
+        float scale = live ? 1.f / sums.p[r] : 0.f, scale_2 = live && sums.u[r] > 0.f ? 1.f / sums.u[r] : 0.f;
+        if (x.row[r] >= p.q_len) continue;
+        T* out = static_cast<T*>(p.out) + x.b * p.out_batch + x.head * p.out_head + x.row[r] * p.out_row;
+        T* out_2 = static_cast<T*>(p.o2) + x.row_at(r) * p.head_dim_v;
+#pragma unroll
+        for (int n = 0; n < C; ++n) {
+            int column = first_column + n * 8 + lane() % 4 * 2;
+            if (column < p.head_dim_v) {
+                float first = live ? o[n][2 * r] * scale : 0.f, second = live ? o[n][2 * r + 1] * scale : 0.f;
+                if (some && broken) first = second = ptx::float_of(0x7fc00000u);
+                store_pair(out + column, first, second);
+                if (S::is(GRAD) && p.o2 != nullptr)
+                    store_pair(out_2 + column, live ? o2[n][2 * r] * scale_2 : 0.f, live ? o2[n][2 * r + 1] * scale_2 : 0.f);
+            }
+        }
+    }
+}
+
+// What is kept of each row besides.
+template <class S>
+DEVICE void store_states(const Block<S>& x, const Sums<S>& sums, const float (&m)[2], const float (&c)[2]) {
+    const Params& p = x.p;
+    if (lane() % 4 != 0) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (x.row[r] >= p.q_len) continue;
+        i64 at = x.row_at(r);
+        bool live = x.some(r) && sums.p[r] > 0.f;
+        if (S::is(GRAD) && p.o2 != nullptr) p.m[at] = m[r], p.c[at] = c[r];
+        if (p.tau != nullptr) {
+            p.tau[at] = live ? x.entmax.tau(m[r], c[r]) : 0.f;
+            p.support[at] = live ? sums.support[r] : 0;
+        }
+    }
+}
+
+// The bits of add_output alone.
+template <class S, int N>
+DEVICE u32 weighed_columns(const Block<S>& x, const float (&a)[N][4], const Point (&at)[2]) {
+    u32 bits = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float p, u;
+            x.entmax.weigh(a[n][i], at[i / 2], p, u);
+            if (u != 0.f) bits |= 1u << (2 * n + i % 2);
+        }
+    return bits;
+}
+
+// O and O2 over `keys`. With `list`, the keys that some row weighs are left there, and their number is returned (by warp 0).
+template <class S, class Keys>
+DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& keys, const float (&m)[2], const float (&c)[2],
+                        int* list) {
+    using T = typename S::T;
+    constexpr int C = value_columns<S>() / 8;
+    Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
+    Sums<S> sums;
+    int kept = 0;
+    Left<T, S::BE> q(shared.q + warp() * 16 * S::PK);
+#pragma unroll 1
+    for (int column = 0; column < S::BEV; column += 8 * C) {
+        float o[C][4], o2[C][4];
+        clear(o);
+        clear(o2);
+        each_tile(x, shared, keys, true, [&](int tile, const T* k, const T* v, const int* index, bool whole) {
+            float a[1][S::NT][4];
+            clear(a[0]);
+            multiply_left(a, q, k);
+            to_scores(a[0], x, index, whole);
+            u32 bits = add_output(x, a[0], v + column, index, at, column == 0, sums, o, o2);
+            if (list != nullptr && column + 8 * C >= S::BEV) {
+                // In the last pass, so that the others still find the list as it was.
+                int* flags = shared.flags + tile % 2 * S::BN;
+                if (column != 0) bits = weighed_columns(x, a[0], at);
+                mark_columns<S::NT>(bits, flags);
+                ptx::sync();
+                if (warp() == 0) kept = append_flagged(list, kept, index, flags, S::BN);
+            }
+        });
+        if (column == 0) sums.finish();
+        store_output(x, shared.q, sums, o, o2, column);
+    }
+    store_states(x, sums, m, c);
+    return kept;
+}
+
+// A value of warp 0, to all threads.
+DEVICE int from_first_warp(int x, int* scratch) {
+    ptx::sync();
+    if (ptx::thread() == 0) scratch[0] = x;
+    ptx::sync();
+    x = scratch[0];
+    ptx::sync();
+    return x;
+}
+
+// Copies `kept` keys (known to warp 0) to the pool that the backward walks, if it has room; negative: the backward walks all keys.
+template <class S>
+DEVICE void keep_list(const Block<S>& x, const int* list, int kept, int* scratch) {
+    const Params& p = x.p;
+    if (!S::is(GRAD) || p.blocks == nullptr) return;
+    kept = from_first_warp(kept, scratch);
+    i64 base = -1;
+    if (kept >= 0) {
+        u64 place = ptx::thread() == 0 ? ptx::fetch_add(p.counters + 1, static_cast<u64>(kept)) : 0;
+        base = from_first_warp(place + static_cast<u64>(kept) <= static_cast<u64>(p.pool_size) ? static_cast<int>(place) : -1, scratch);
+    }
+    if (base >= 0)
+        for (int i = ptx::thread(); i < kept; i += THREADS) p.pool[base + i] = list[i];
+    if (ptx::thread() == 0) {
+        p.blocks[2 * x.block_at()] = base >= 0 ? static_cast<int>(base) : 0;
+        p.blocks[2 * x.block_at() + 1] = base >= 0 ? kept : -1;
+    }
+}

@@ -1,0 +1,172 @@
+// Walking over keys a tile at a time, the copies of the next tiles under way while one is used.
+//
+// Which keys is told by an object with tiles() and key(tile, i), -1 for none: a range, a sample of it, or a list. Their indices lie in
+// shared memory as long as the tile does, so that masks and gathers treat all three alike.
+#pragma once
+
+// The tiles of BN keys that cover low .. end; between the edges, where all rows see all keys, only every step-th.
+template <int BN>
+struct Range {
+    const u8* key_mask;
+    int low, end, start, left_tiles, mid_start, mid_tiles, mid_end, right_tiles, step;
+
+    template <class S>
+    DEVICE Range(const Block<S>& x, int step_, bool edges) : key_mask(x.key_mask), low(x.low), end(x.end), step(step_) {
+        int top = (end + BN - 1) / BN * BN;
+        start = low / BN * BN;
+        i64 first_whole = (static_cast<i64>(x.lo_max) + BN - 1) / BN * BN;
+        mid_start = first_whole < start ? start : first_whole > top ? top : static_cast<int>(first_whole);
+        mid_end = x.hi_min / BN * BN;
+        mid_end = mid_end < mid_start ? mid_start : mid_end > top ? top : mid_end;
+        left_tiles = edges ? (mid_start - start) / BN : 0;
+        mid_tiles = ((mid_end - mid_start) / BN + step - 1) / step;
+        right_tiles = edges ? (top - mid_end) / BN : 0;
+        if (low >= end) left_tiles = mid_tiles = right_tiles = 0;
+    }
+
+    DEVICE int tiles() const { return left_tiles + mid_tiles + right_tiles; }
+    DEVICE int first(int tile) const {
+        if (tile < left_tiles) return start + tile * BN;
+        tile -= left_tiles;
+        return tile < mid_tiles ? mid_start + tile * step * BN : mid_end + (tile - mid_tiles) * BN;
+    }
+    DEVICE int key(int tile, int i) const {
+        int j = first(tile) + i;
+        return j >= low && j < end && (key_mask == nullptr || key_mask[j] != 0) ? j : -1;
+    }
+};
+
+template <int BN>
+struct List {
+    const int* list;
+    int count;
+
+    DEVICE int tiles() const { return (count + BN - 1) / BN; }
+    DEVICE int key(int tile, int i) const {
+        int j = tile * BN + i;
+        return j < count ? list[j] : -1;
+    }
+};
+
+// Shared memory of the passes over keys for a block of rows. Python's shared_bytes() knows the sizes too.
+template <class S>
+struct Tiles {
+    using T = typename S::T;
+    static constexpr int SLOTS = S::STAGES + 1;  // of indices
+    static constexpr int K_SIZE = S::BN * S::PK, V_SIZE = S::BN * S::PV;
+    T *q, *k, *v;
+    int* index;       // SLOTS x BN
+    int* flags;       // 2 BN: marks of a tile's columns
+    int* scratch;     // 32
+
+    DEVICE explicit Tiles(bool values) {
+        u8* at = ptx::shared_memory();
+        at = take(at, q, ROWS * S::PK);
+        at = take(at, k, S::STAGES * K_SIZE);
+        at = take(at, v, values ? S::STAGES * V_SIZE : 0);
+        at = take(at, index, SLOTS * S::BN);
+        at = take(at, flags, 2 * S::BN);
+        take(at, scratch, 32);
+    }
+    DEVICE static constexpr int bytes(bool values) {
+        return (ROWS * S::PK + S::STAGES * (K_SIZE + (values ? V_SIZE : 0))) * static_cast<int>(sizeof(T)) +
+               ((SLOTS + 2) * S::BN + 32) * 4;
+    }
+
+    template <class X>
+    DEVICE static u8* take(u8* at, X*& piece, int count) {
+        piece = reinterpret_cast<X*>(at);
+        return at + count * sizeof(X);
+    }
+};
+
+// body(tile, K rows, V rows, indices, whether every row sees every key of the tile)
+template <class S, class Shared, class Keys, class Body>
+DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys, bool values, Body&& body) {
+    constexpr int AHEAD = S::STAGES, SLOTS = Shared::SLOTS;
+    int tiles = keys.tiles(), me = ptx::thread();
+    static_assert(S::BN <= THREADS, "a thread a key");
+    auto copy = [&](int tile) {
+        if (tile < tiles) {
+            const int* index = shared.index + tile % SLOTS * S::BN;
+            int stage = tile % S::STAGES;
+            gather_rows<typename S::T, S::BE, S::BN>(shared.k + stage * Shared::K_SIZE, x.k, x.p.k_row, x.p.head_dim, index);
+            if (values)
+                gather_rows<typename S::T, S::BEV, S::BN>(shared.v + stage * Shared::V_SIZE, x.v, x.p.v_row, x.p.head_dim_v, index);
+        }
+        ptx::commit_copies();
+    };
+    if (me < S::BN)
+        for (int tile = 0; tile < AHEAD && tile < tiles; ++tile) shared.index[tile * S::BN + me] = keys.key(tile, me);
+    ptx::sync();
+    for (int tile = 0; tile < AHEAD - 1; ++tile) copy(tile);
+    for (int tile = 0; tile < tiles; ++tile) {
+        if constexpr (S::STAGES == 1) {
+            copy(tile);
+            ptx::wait_copies<0>();
+            ptx::sync();
+        } else {
+            ptx::wait_copies<S::STAGES - 2>();
+            ptx::sync();
+            copy(tile + AHEAD - 1);
+        }
+        // A tile earlier than its copies start: those wait for their indices.
+        bool more = me < S::BN && tile + AHEAD < tiles;
+        int ahead = more ? keys.key(tile + AHEAD, me) : -1;
+        const int* index = shared.index + tile % SLOTS * S::BN;
+        int stage = tile % S::STAGES, first = index[0], last = index[S::BN - 1];
+        bool whole = x.key_mask == nullptr && first >= x.lo_max && last >= 0 && last < x.hi_min;
+        body(tile, shared.k + stage * Shared::K_SIZE, shared.v + stage * Shared::V_SIZE, index, whole);
+        if (more) shared.index[(tile + AHEAD) % SLOTS * S::BN + me] = ahead;
+        if constexpr (S::STAGES == 1) ptx::sync();
+    }
+    ptx::sync();
+}
+
+// Products to x, in place; -inf where a row does not see a key.
+template <class S, int N>
+DEVICE void to_scores(float (&s)[N][4], const Block<S>& x, const int* index, bool whole) {
+    bool biased = S::is(ALIBI) && x.p.slopes != nullptr;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] *= x.x_scale;
+        if (biased || !whole) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int r = i / 2, key = index[n * 8 + lane() % 4 * 2 + i % 2];
+                if (S::is(ALIBI) && biased) {
+                    int distance = x.diag[r] - key;
+                    s[n][i] -= x.slope * static_cast<float>(distance < 0 ? -distance : distance);
+                }
+                if (!whole && (key < x.lo[r] || key >= x.hi[r])) s[n][i] = -INFINITE;
+            }
+        }
+    }
+}
+
+// Sets flags[column] where a thread has bit 2 n + e of its own column n * 8 + 2 (lane % 4) + e.
+template <int N>
+DEVICE void mark_columns(u32 bits, int* flags) {
+    bits |= ptx::shuffle_xor(bits, 4);
+    bits |= ptx::shuffle_xor(bits, 8);
+    bits |= ptx::shuffle_xor(bits, 16);
+    if (lane() < 4) {
+#pragma unroll
+        for (int i = 0; i < 2 * N; ++i)
+            if ((bits >> i & 1) != 0) flags[i / 2 * 8 + lane() * 2 + i % 2] = 1;
+    }
+}
+
+// By one warp: appends the flagged of `count` indices to list[kept ...] and clears their flags; returns the new length.
+DEVICE int append_flagged(int* list, int kept, const int* index, int* flags, int count) {
+    for (int i = 0; i < count; i += 32) {
+        int at = i + lane();
+        bool hit = at < count && flags[at] != 0 && index[at] >= 0;  // a row of NaN flags them all
+        u32 hits = ptx::ballot(hit);
+        if (hit) list[kept + ptx::count_bits(hits & ((1u << lane()) - 1))] = index[at];
+        if (at < count) flags[at] = 0;
+        kept += ptx::count_bits(hits);
+    }
+    return kept;
+}

@@ -1,0 +1,21 @@
+"""Every launch of these tests runs in the emulator; those under ``gpu/`` use the device instead."""
+
+from __future__ import annotations
+
+import pytest
+
+from adasplash_cupy import launch
+from tests.cupy_backend import emulator
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "gpu" not in request.path.parts:
+        monkeypatch.setattr(launch, "launching", emulator.launching)
+
+
+@pytest.fixture
+def _lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of keys however short the sequence."""
+    monkeypatch.setattr(launch, "uses_lists", lambda *_: True)
+    monkeypatch.setattr(launch, "short_tile", lambda *_: 0)

@@ -1,0 +1,159 @@
+"""Runs the backend's CUDA kernels on the CPU: the same sources compiled by the C++ compiler against a twin of ``ptx.cuh``.
+
+A library an instance, compiled when first launched and kept in the temp folder under a hash of everything it is made from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from adasplash_core.backend import HeadDims, KernelConfig
+from adasplash_cupy import params
+from adasplash_cupy.backend import CupyBackend
+from adasplash_cupy.instances import ALL_FLAGS, THREADS, Instance, source
+from adasplash_cupy.runner import Launcher
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+_FLAGS = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+_lock = threading.Lock()  # one block at a time, in one thread
+
+order = 0
+"""In which order the threads of a block take turns: 0 ascending, 1 descending, 2 mixed. No result may depend on it."""
+
+
+class EmulatedCupyBackend(CupyBackend):
+    """The backend as it is, on CPU tensors."""
+
+    device_types: ClassVar[frozenset[str] | None] = frozenset({"cpu"})
+
+    def unavailable_reasons(self) -> list[str]:
+        return [] if COMPILER else ["no C++ compiler is installed"]
+
+
+def limited(high: int, *dtypes: str) -> EmulatedCupyBackend:
+    """An emulated backend that declares fewer head dims and dtypes: each pair of padded ones is compiled anew."""
+    attributes = {"head_dims": HeadDims(low=8, high=high, multiple_of=8), "dtypes": frozenset(dtypes)}
+    return type("Limited", (EmulatedCupyBackend,), attributes)()
+
+
+@contextmanager
+def launching(backend: str, config: KernelConfig | None, device: torch.device) -> Iterator[Launcher]:
+    """In place of :func:`adasplash_cupy.runner.launching`."""
+
+    def launch(
+        instance: Instance, grid: tuple[int, ...], values: Mapping[str, int | float], more_shared_bytes: int = 0
+    ) -> None:
+        library = _library(merged(instance))
+        blocks = (ctypes.c_int * 3)(*(*grid, 1, 1)[:3])
+        with _lock:
+            failure = library.launch(params.pack(values), blocks, instance.shared_bytes + more_shared_bytes, order)
+        if failure:
+            raise AssertionError(f"{instance.expression}: {failure.decode()}")
+
+    yield launch
+
+
+def merged(instance: Instance) -> Instance:
+    """The most general instance that does the same: fewer to compile."""
+    if instance.kernel in ("key_max", "transform"):
+        return Instance(instance.kernel, instance.dtype)
+    return replace(instance, alpha=instance.alpha if instance.head_dim == 64 else 0, flags=ALL_FLAGS)
+
+
+def shared_bytes(instance: Instance) -> int:
+    """What the C++ layout of an instance takes."""
+    return int(_library(merged(instance)).shared_bytes())
+
+
+def params_size() -> int:
+    return int(_library(Instance("key_max", "float32")).params_size())
+
+
+_LAYOUTS = {
+    "key_max": "0",
+    "transform": "3 * WARPS * 4",
+    "forward_select": "Tiles<SHAPE>::bytes(false) + 4 * ROWS * 4",
+    "forward_lists": "Tiles<SHAPE>::bytes(true)",
+    "forward_dense": "Tiles<SHAPE>::bytes(true)",
+    "forward_short": "ShortTiles<SHAPE>::bytes()",
+    "backward_rows": "RowsTiles<SHAPE>::bytes()",
+    "backward_keys": "KeysTiles<SHAPE>::bytes()",
+}
+
+
+def _text(instance: Instance) -> str:
+    """One source: the kernel with the twin of ptx.cuh, and what the host calls."""
+    machine = (params.SOURCES / "ptx.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
+    kernel = source(instance.kernel)
+    assert machine in kernel
+    layout = _LAYOUTS[instance.kernel]
+    shape = instance.expression.partition("<")[2][:-1]
+    return f"""#include "ptx.cuh"
+{kernel.replace(machine, "")}
+using SHAPE = {shape};
+#define API extern "C" __attribute__((visibility("default")))
+static void entry(const void* p) {{ {instance.expression}(*static_cast<const Params*>(p)); }}
+API const char* launch(const void* p, const int* grid, int shared, int order) {{
+    return fibers::run(entry, p, {{grid[0], grid[1], grid[2]}}, {THREADS}, shared, order);
+}}
+API int shared_bytes() {{ return {layout}; }}
+API int params_size() {{ return sizeof(Params); }}
+"""
+
+
+@cache
+def _library(instance: Instance) -> ctypes.CDLL:
+    path = build(instance)
+    library = ctypes.CDLL(str(path))
+    library.launch.restype = ctypes.c_char_p
+    library.launch.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int]
+    return library
+
+
+def build(instance: Instance) -> Path:
+    """The shared library of an instance, compiled unless it is there."""
+    assert COMPILER is not None
+    text, machine = _text(instance), _machine()
+    name = hashlib.sha256((text + machine.name + " ".join(_FLAGS)).encode()).hexdigest()[:24]
+    path = machine.parent / f"{name}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=machine.parent) as folder:
+            unit, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+            unit.write_text(text, encoding="utf-8")
+            _compile([*_FLAGS, "-O1", f"-I{HERE}", "-shared", str(unit), str(machine), "-o", str(made)])
+            made.replace(path)
+    return path
+
+
+@cache
+def _machine() -> Path:
+    """The object file of the fibers, in a folder of this user's."""
+    content = b"".join((HERE / name).read_bytes() for name in ("fibers.h", "fibers.cpp", "ptx.cuh"))
+    folder = Path(tempfile.gettempdir()) / f"adasplash-emulator-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:24]}.o"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            _compile([*_FLAGS, "-O3", "-march=native", "-c", str(HERE / "fibers.cpp"), "-o", f"{made}/fibers.o"])
+            (Path(made) / "fibers.o").replace(path)
+    return path
+
+
+def _compile(arguments: list[str]) -> None:
+    result = subprocess.run([str(COMPILER), *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-6000:]

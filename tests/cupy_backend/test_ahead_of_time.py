@@ -1,0 +1,63 @@
+"""The kernels compile, without a warning or a spilled register, for every generation: by NVRTC, as CuPy compiles them.
+
+A few of each kind; ``python -m adasplash_cupy.aot`` compiles what every call launches.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from adasplash_cupy import aot
+from adasplash_cupy.instances import ALIBI, ALL_FLAGS, DROPOUT, GRAD, KERNELS, Instance, source
+from adasplash_cupy.params import fields
+
+needs_nvrtc = pytest.mark.skipif(not aot.is_available(), reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+
+SAMPLES = [
+    ("sm_75", Instance("backward_rows", "float16", 16, 16, 0, 16, 1, ALL_FLAGS - GRAD)),
+    ("sm_80", Instance("forward_select", "bfloat16", 64, 16, 15, 128, 2, 0)),
+    ("sm_80", Instance("forward_dense", "float32", 16, 16, 0, 16, 2, GRAD | ALIBI | DROPOUT)),
+    ("sm_90a", Instance("forward_lists", "bfloat16", 64, 64, 15, 64, 2, GRAD)),
+    ("sm_90a", Instance("backward_rows", "bfloat16", 64, 64, 15, 32, 2, 0)),
+    ("sm_90a", Instance("transform", "bfloat16")),
+    ("sm_100", Instance("backward_keys", "bfloat16", 64, 64, 15, 64, 1, 0)),
+    ("sm_100", Instance("key_max", "float16")),
+]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("architecture", "instance"), SAMPLES, ids=[f"{i.kernel}-{i.dtype}-{a}" for a, i in SAMPLES])
+def test_compiles_without_warnings_or_spills(architecture: str, instance: Instance) -> None:
+    used = aot.compile_instance(instance, architecture)
+    assert used.warnings == ""
+    assert used.spills == 0
+    assert 0 < used.registers <= 255
+
+
+@needs_nvrtc
+def test_an_error_carries_the_compilers_words() -> None:
+    with pytest.raises(aot.CompileError, match="BN"):
+        aot.compile_instance(Instance("forward_dense", "float16", 16, 16, 15, 256, 2, 0), "sm_80")  # more keys than threads
+
+
+def test_every_kernel_is_among_the_instances() -> None:
+    for architecture in aot.ARCHITECTURES:
+        found = list(aot.instances(architecture))
+        assert {instance.kernel for instance in found} == set(KERNELS)
+        assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_source_is_one_piece_without_headers_of_the_toolkit(kernel: str) -> None:
+    assert re.search(r"^\s*#include", source(kernel), re.M) is None
+    assert source(kernel).count("struct Params {") == 1
+
+
+def test_parameters_are_read_from_their_declaration() -> None:
+    found = fields()
+    assert list(found)[:3] == ["q", "k", "v"]
+    assert (found["o2"], found["q_row"], found["kv_len"], found["keep_from"], found["scale"]) == ("P", "q", "i", "I", "f")
+    order = [code in "Pq" for code in found.values()]
+    assert order == sorted(order, reverse=True), "8-byte fields first, or C would pad"

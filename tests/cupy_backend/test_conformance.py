@@ -1,0 +1,41 @@
+"""The conformance suite on emulated kernels: over all keys, as sequences this short are computed, and over lists of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from adasplash_core.backend import KernelConfig
+from adasplash_core.testing.conformance import AttentionConformance
+from adasplash_cupy.configs import BackwardConfig, ForwardConfig
+from tests.cupy_backend.emulator import EmulatedCupyBackend, limited
+
+
+class TestTensorCores(AttentionConformance):
+    backend = limited(64, "float16")
+    quick = True
+
+
+class TestCudaCores(AttentionConformance):
+    backend = limited(16, "float32")
+    quick = True
+
+
+class _Listing(EmulatedCupyBackend):
+    """Tiles so small that a case's keys are several, and lists whatever their share of the keys."""
+
+    head_dims = limited(16).head_dims
+    dtypes = frozenset({"float32"})
+
+    def default_config(self, *_: Any) -> KernelConfig:
+        return ForwardConfig(keys=16, select_keys=64) if _[2] == "forward" else BackwardConfig(keys=16, rows=16)
+
+    def tuning_space(self, *_: Any) -> tuple[()]:
+        return ()
+
+
+@pytest.mark.usefixtures("_lists")
+class TestLists(AttentionConformance):
+    backend = _Listing()
+    quick = True
