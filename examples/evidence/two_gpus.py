@@ -212,6 +212,9 @@ def work(rank: int, kind: str, port: int, out: str, timed: bool) -> None:
             )
     finally:
         dist.destroy_process_group()
+    # A thread of gloo's that still lets go of a Python object would abort the process while the interpreter is taken down.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main() -> int:

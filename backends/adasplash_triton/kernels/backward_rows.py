@@ -101,24 +101,9 @@ def add_range_tile(
     )
     v = load_tile(values_ptr, n, v_stride, low, end, EV, BEV, BD, EDGE)
     ds, _, u, sums = score_gradient(
-        x,
-        v,
-        do,
-        delta,
-        m,
-        c,
-        h,
-        rows,
-        n + tl.arange(0, BD),
-        head,
-        SEED,
-        keep_from,
-        keep_scale,
-        sums,
-        ALPHA,
-        HAS_DROPOUT,
+        x, v, do, delta, m, c, h, rows, n + tl.arange(0, BD), head, SEED, keep_from, keep_scale, sums, ALPHA, HAS_DROPOUT,
         ALPHA_GRAD,
-    )
+    )  # fmt: skip
     k = load_tile(keys_ptr, n, k_stride, low, end, E, BE, BD, EDGE)
     dq = add_product(dq, ds, k, ALPHA)
     uk += tl.dot(u.to(k.dtype), k, input_precision="ieee")

@@ -82,30 +82,9 @@ def forward_lists_kernel(
             else:
                 first, last = whole_entries(list_, count, lo, hi, BK)
                 c = solve_list(
-                    q,
-                    keys_ptr,
-                    list_,
-                    count,
-                    first,
-                    last,
-                    k_stride,
-                    lo,
-                    hi,
-                    diag,
-                    m,
-                    c,
-                    h,
-                    x_scale,
-                    slope,
-                    tol,
-                    MAX_STEPS,
-                    ALPHA,
-                    E,
-                    BE,
-                    BM,
-                    BK,
-                    HAS_ALIBI,
-                )
+                    q, keys_ptr, list_, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, tol, MAX_STEPS,
+                    ALPHA, E, BE, BM, BK, HAS_ALIBI,
+                )  # fmt: skip
                 o, o2, sum_p, sum_u, support = output_list(
                     q, keys_ptr, values_ptr, list_, count, first, last, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope,
                     rows, bh, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BK, HAS_ALIBI, HAS_DROPOUT, GRAD,
@@ -120,32 +99,9 @@ def forward_lists_kernel(
                     else:
                         collect_marked(list_, count, POOL + base, 1024)
             store_result(
-                OUT,
-                O2,
-                M,
-                C,
-                TAU,
-                SUPPORT,
-                q,
-                o,
-                o2,
-                sum_p,
-                sum_u,
-                support,
-                m,
-                c,
-                h,
-                lo,
-                hi,
-                rows,
-                bh,
-                q_len,
-                ALPHA,
-                EV,
-                BEV,
-                GRAD,
-                STATS,
-            )
+                OUT, O2, M, C, TAU, SUPPORT, q, o, o2, sum_p, sum_u, support, m, c, h, lo, hi, rows, bh, q_len, ALPHA, EV, BEV,
+                GRAD, STATS,
+            )  # fmt: skip
     if KEEP:
         tl.store(BLOCKS + at, base.to(tl.int32))
         tl.store(BLOCKS + at + 1, kept)

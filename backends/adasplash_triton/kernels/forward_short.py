@@ -119,29 +119,6 @@ def forward_short_kernel(
     sum_p = tl.sum(ps, 1)
     sum_u = tl.sum(us, 1)
     store_result(
-        OUT,
-        O2,
-        M,
-        C,
-        TAU,
-        SUPPORT,
-        q,
-        o,
-        o2,
-        sum_p,
-        sum_u,
-        support,
-        m,
-        c,
-        h,
-        lo,
-        hi,
-        rows,
-        bh,
-        q_len,
-        ALPHA,
-        EV,
-        BEV,
-        GRAD,
+        OUT, O2, M, C, TAU, SUPPORT, q, o, o2, sum_p, sum_u, support, m, c, h, lo, hi, rows, bh, q_len, ALPHA, EV, BEV, GRAD,
         STATS,
-    )
+    )  # fmt: skip
