@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 import types
@@ -77,7 +78,7 @@ def test_capture_runs_the_model_on_the_text(llama_folder, story):
         assert torch.equal(layer.query, expected.query)
         assert torch.equal(layer.value, expected.value)
     assert (info.model_type, info.tokens, info.padding, info.text) == ("llama", 20, "none", str(story))
-    assert info.libraries["torch"] == torch.__version__
+    assert info.libraries["torch"] == importlib.metadata.version("torch")
 
 
 def test_padding_reaches_the_masks(llama_folder, tmp_path):
