@@ -125,10 +125,15 @@ def compile_launch(recorded: Launch, target_name: str) -> Resources:
 
 
 def cuda_resources(name: str, shared: int, cubin: bytes) -> Resources:
+    report = cuobjdump(cubin, "--dump-resource-usage")
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report))
+    return Resources(name, shared, int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]))
+
+
+def cuobjdump(cubin: bytes, what: str) -> str:
+    """What the tool that comes with Triton says of a binary: ``--dump-resource-usage`` or ``-sass``."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report))
-    return Resources(name, shared, int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]))
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout

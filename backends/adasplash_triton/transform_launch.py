@@ -253,5 +253,5 @@ def _addresses(table: Table) -> dict[str, Address]:
 
 def _step(kernel: Any, programs: int, arguments: dict[str, Any], warps: int) -> Step:
     # No fused multiply-adds: with one entry a thread, u * u fused into the sum across threads is rounded differently in each of them,
-    # so that threads of a row could leave the solver's loop at different steps. Seen on an H100.
+    # so that threads of a row can leave the solver's loop at different steps. With them, wrong rows were seen once on an H100.
     return Step(kernel, (programs, 1, 1), arguments, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False})

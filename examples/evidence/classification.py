@@ -27,7 +27,7 @@ import numpy as np
 import texts
 import torch
 from report import machine, save, spread, table
-from training import CALIBRATION_STEPS, Budget, Run, adamw, autocast, calibrate, free, optimize, seconds_of
+from training import CALIBRATION_STEPS, Budget, Run, autocast, calibrate, free, optimize, seconds_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -96,18 +96,7 @@ class Experiment:
             if evaluate and (run.cut or step == steps):
                 run.curve.append(self.evaluate(model, step))
 
-        rate = self.options.lr
-        optimize(
-            run,
-            model,
-            adamw(model, rate),
-            steps,
-            batch,
-            device=self.device,
-            rate=rate,
-            after_step=after_step,
-            deadline=deadline,
-        )
+        optimize(run, model, steps, batch, rate=self.options.lr, after_step=after_step, device=self.device, deadline=deadline)
         return run
 
     def step_ms(self, variant: str) -> float:

@@ -28,7 +28,7 @@ import torch
 from models import Decoder, Size, adasplash_022, dense_entmax, entmax_attention, other_attention, softmax
 from report import machine, save, spread, table
 from torch import nn
-from training import CALIBRATION_STEPS, Budget, Run, Sequences, adamw, autocast, calibrate, free, optimize, seconds_of
+from training import CALIBRATION_STEPS, Budget, Run, Sequences, autocast, calibrate, free, optimize, seconds_of
 
 from adasplash_core.nn import AlphaSchedule
 
@@ -76,18 +76,7 @@ class Experiment:
             if evaluate and (run.cut or step % max(steps // EVALUATIONS, 1) == 0 or step == steps):
                 run.curve.append(self.evaluate(model, step))
 
-        rate = self.options.lr
-        optimize(
-            run,
-            model,
-            adamw(model, rate),
-            steps,
-            batch,
-            device=self.device,
-            rate=rate,
-            after_step=after_step,
-            deadline=deadline,
-        )
+        optimize(run, model, steps, batch, rate=self.options.lr, after_step=after_step, device=self.device, deadline=deadline)
         return run
 
     def step_ms(self, variant: str) -> float:

@@ -28,7 +28,7 @@ import numpy as np
 import texts
 import torch
 from report import machine, save, spread, table
-from training import CALIBRATION_STEPS, Budget, Run, adamw, autocast, calibrate, free, optimize, seconds_of
+from training import CALIBRATION_STEPS, Budget, Run, autocast, calibrate, free, optimize, seconds_of
 from transformers import AutoModel, AutoTokenizer
 
 from adasplash_core.nn import AlphaSchedule
@@ -120,18 +120,7 @@ class Experiment:
             if evaluate and (run.cut or step == steps):
                 run.curve.append(self.evaluate(model, step))
 
-        rate = self.options.lr
-        optimize(
-            run,
-            model,
-            adamw(model, rate),
-            steps,
-            batch,
-            device=self.device,
-            rate=rate,
-            after_step=after_step,
-            deadline=deadline,
-        )
+        optimize(run, model, steps, batch, rate=self.options.lr, after_step=after_step, device=self.device, deadline=deadline)
         return run
 
     def pretrain(self, model: Any, schedule: AlphaSchedule | None, seed: int, steps: int, deadline: float) -> Run:
@@ -149,16 +138,14 @@ class Experiment:
             if schedule is not None:
                 schedule.step()
 
-        rate = self.options.pretraining_lr
         optimize(
             run,
             model,
-            adamw(model, rate),
             steps,
             batch,
-            device=self.device,
-            rate=rate,
+            rate=self.options.pretraining_lr,
             after_step=after_step,
+            device=self.device,
             deadline=deadline,
         )
         return run

@@ -109,23 +109,22 @@ def now(device: torch.device) -> float:
 def optimize(
     run: Run,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     steps: int,
     batch: Callable[[], Iterable[Callable[[], torch.Tensor]]],
     *,
-    device: torch.device,
     rate: float,
+    device: torch.device,
     after_step: Callable[[int], None],
     deadline: float = math.inf,
 ) -> None:
-    """Train for ``steps``, or up to the deadline; ``run`` gets times and memory.
+    """Train with AdamW for ``steps``, or up to the deadline; ``run`` gets times and memory.
 
     Parameters
     ----------
     batch: gives one step's losses as functions, one a piece that fits the memory, each already weighted by its share.
     after_step: called with the number of steps done, outside the measured time, while ``run.cut`` says whether it is the last.
     """
-    seconds: list[float] = []
+    optimizer, seconds = adamw(model, rate), list[float]()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in range(steps):

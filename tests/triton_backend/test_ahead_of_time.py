@@ -11,6 +11,7 @@ from adasplash_core.call import make_call
 from adasplash_core.device import DeviceInfo
 from adasplash_triton import aot, replay
 from adasplash_triton.backend import TritonBackend
+from tests.triton_backend.machine_code import products_fused_into_exchanges
 
 BACKEND = TritonBackend()
 MOST_STACK = 1536
@@ -37,6 +38,8 @@ def check(target: str, recorded: list[aot.Launch], most_stack: int | None = MOST
         assert resources.shared <= aot.SHARED_MEMORY[target], resources
         assert replay.is_plain(aot.compiled(launch, target)) or target == "gfx942"
         assert most_stack is None or resources.stack <= most_stack, resources
+        if target.startswith("sm_"):
+            assert products_fused_into_exchanges(aot.compiled(launch, target).asm["cubin"]) == 0, resources
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from adasplash_core.device import DeviceInfo
 from adasplash_triton import aot, aot_transform
 from adasplash_triton.backend import TritonBackend
+from tests.triton_backend.machine_code import products_fused_into_exchanges
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
@@ -34,6 +36,18 @@ def test_the_largest_tiles_do_not_spill(n: int, arguments: dict[str, Any]) -> No
     for launch in aot_transform.launches_of(n, torch.float32, **arguments):
         resources = aot.compile_launch(launch, "sm_90")
         assert resources.stack == 0, resources
+
+
+@pytest.mark.parametrize("n", [2, 7, 64])
+def test_threads_of_a_row_agree_on_its_sums(n: int) -> None:
+    for launch in aot_transform.launches_of(n, torch.float32, "1.5"):
+        assert products_fused_into_exchanges(aot.compiled(launch, "sm_90").asm["cubin"]) == 0
+
+
+def test_they_would_not_with_fused_multiply_adds() -> None:
+    forward = aot_transform.launches_of(7, torch.float32, "1.5")[0]
+    fused = dataclasses.replace(forward, options=forward.options | {"enable_fp_fusion": True})
+    assert products_fused_into_exchanges(aot.compiled(fused, "sm_90").asm["cubin"]) > 0
 
 
 def test_kernels_follow_a_lengths_power_of_two_alone() -> None:
