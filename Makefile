@@ -78,13 +78,15 @@ cuda-aot: $(VENV)/.dev
 gpu-test: $(VENV)/.dev
 	$(BIN)/python scripts/gpu_test.py
 
-RESULTS ?= benchmarks/results/attention_h100.json
+# CARD names the files in benchmarks/results/: make gpu-bench CARD=h100
+CARD ?= h200
+RESULTS ?= benchmarks/results/attention_$(CARD).json
 
 gpu-bench: $(VENV)/.dev build/smollm2-news-8192.safetensors build/minilm-news-512.safetensors
 	$(BIN)/python benchmarks/attention.py --captured build/smollm2-news-8192.safetensors --encoder build/minilm-news-512.safetensors \
 		--json $(RESULTS)
 	$(BIN)/python benchmarks/attention.py --lengths --limit 120 --json $(RESULTS)
-	$(BIN)/python benchmarks/transforms.py --limit 100 --json benchmarks/results/transforms_h100.json
+	$(BIN)/python benchmarks/transforms.py --limit 100 --json benchmarks/results/transforms_$(CARD).json
 	$(BIN)/python scripts/plot_lengths.py $(RESULTS)
 	$(BIN)/python scripts/generate.py
 
@@ -92,7 +94,7 @@ gpu-bench: $(VENV)/.dev build/smollm2-news-8192.safetensors build/minilm-news-51
 PEER_32768 := "randn q*4, 16 x 32768" "randn q*16, 16 x 32768" "randn q*1, 16 x 32768"
 PEER_8192 := "captured, " "2 x 8 x 8192"
 PEER_16384 := "8 x 16384"
-PEER_short := "32 x 16 x 512" "16 x 4096"
+PEER_short := "32 x 16 x 512" "16 x 4096" "captured encoder"
 
 gpu-bench-peer-%: $(VENV)/.dev build/smollm2-news-8192.safetensors build/minilm-news-512.safetensors
 	$(PIP) --no-deps adasplash==0.2.2

@@ -1,6 +1,6 @@
 """The entmax transform over one dimension on a GPU, beside softmax, the entmax package and adasplash's kernel.
 
-    python benchmarks/transforms.py [--json benchmarks/results/transforms_h100.json] [--only 1.5] [--limit SECONDS] [--dry-run]
+    python benchmarks/transforms.py [--json benchmarks/results/transforms_h200.json] [--only 1.5] [--limit SECONDS] [--dry-run]
 
 Milliseconds are medians; "x floor" is the forward's time over that of reading the input once and writing the output once, as a copy of
 the same size takes on the same card. Ours is the public ``entmax``, dispatch and autograd inside the timing; competitors as their users

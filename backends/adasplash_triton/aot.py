@@ -60,9 +60,8 @@ def launches_of(forward_call: AttentionCall, backward_call: AttentionCall | None
     program = launch.forward_program(forward_call, table)
     found = _launches(program, table)
     if backward_call is not None:
-        made = {
-            x.role: torch.empty(x.shape, dtype=x.dtype) for x in program.outputs if x.role in ("OUT", "O2", "rows", "lists")
-        }
+        device = torch.device("cpu")
+        made = {x.role: x.allocate(device) for x in program.outputs if x.role in ("OUT", "O2", "rows", "lists")}
         table = {**inputs_of(backward_call), "DO": made.pop("OUT"), **made}
         found += _launches(launch.backward_program(backward_call, table), table)
     return found

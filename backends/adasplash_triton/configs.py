@@ -25,6 +25,7 @@ class ForwardConfig(KernelConfig):
     sample: int = 16  # the sampled pass reads every so many tiles
     sample_steps: int = 12  # most Newton steps over the sample, at least 1
     sample_worth: float = 2.5  # another step is taken while the rows' mean of sum p over the sample exceeds this
+    follow_share: float = 0.03  # expected share of the keys in a list from which marking follows the running max
     list_percent: int = 85  # longer lists, in per cent of the range, are not made ...
     dense_percent: int = 50  # ... and not used once they have shrunk
     least_list: int = 1024  # lists up to this length always are
@@ -36,7 +37,7 @@ class ForwardConfig(KernelConfig):
     list_registers: int = 0
     dense_keys: int = 64
     dense_warps: int = 4
-    dense_stages: int = 2
+    dense_stages: int = 3
     short_rows: int = 64  # query rows per program where whole rows of scores stay on chip
     short_warps: int = 8
 
@@ -89,7 +90,7 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
         if (spec.q_len or 0) >= 16384:  # enough blocks to fill the GPU three at a time
             config = replace(config, list_registers=168)
     elif row <= 256:
-        config = ForwardConfig(list_keys_on_chip=64)
+        config = ForwardConfig(list_keys_on_chip=64, dense_stages=2)
     elif row <= 512:
         config = ForwardConfig(
             select_blocks=1, select_keys=64, select_warps=8, select_stages=2,
@@ -98,9 +99,15 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
         )  # fmt: skip
     else:
         config = ForwardConfig(
-            select_blocks=1, select_keys=32, select_warps=8, select_stages=1,
+            select_blocks=1, select_keys=16, select_warps=16, select_stages=1,
             list_keys=16, list_keys_on_chip=16, list_warps=8, list_stages=1,
             dense_keys=16, dense_warps=8, dense_stages=1,
+        )  # fmt: skip
+    if _itemsize(spec) == 4 and row <= 512:  # a product without tensor cores is unrolled: larger tiles spill
+        keys = 32 if row <= 256 else 16
+        config = replace(
+            config, select_blocks=1, select_keys=32, select_warps=8,
+            list_keys=keys, list_keys_on_chip=keys, list_warps=8, dense_keys=keys, dense_warps=8,
         )  # fmt: skip
     if device.capability is not None and device.capability < (9, 0) and config.select_blocks > 1:
         config = replace(config, select_blocks=1)  # accumulators of 64 x 128 spill with mma.sync's layout
@@ -117,11 +124,14 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
     if row <= 128:
         config = BackwardConfig()
     elif row <= 256:
-        config = BackwardConfig(num_stages=1, num_warps=8)
+        config = BackwardConfig(block_k=32, block_d=32, block_n=32)
     elif row <= 512:
         config = BackwardConfig(block_d=32, block_n=32, num_stages=1, num_warps=8)
     else:
         config = BackwardConfig(block_k=16, block_d=16, block_n=16, num_stages=1, num_warps=8)
+    if _itemsize(spec) == 4 and 128 < row <= 512:
+        keys = 64 if row <= 256 else 16
+        config = BackwardConfig(block_k=keys, block_d=keys, block_n=keys, num_stages=1, num_warps=8)
     if is_small(device):
         config = replace(config, num_stages=1)
         if row >= 512:
@@ -151,6 +161,8 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
     for sample in (8, 16, 32):
         for worth in (1.5, 2.5, 4.0):
             yield replace(base, sample=sample, sample_worth=worth)
+    for share in (0.1, 0.5):
+        yield replace(base, follow_share=share)
     for keys in (32, 64):
         for registers in (0, 168):
             for sweeps in (1, 2, 3):

@@ -27,7 +27,17 @@ from adasplash_triton.kernels.forward_dense import forward_dense_kernel
 from adasplash_triton.kernels.forward_lists import forward_lists_kernel
 from adasplash_triton.kernels.forward_select import forward_select_kernel
 from adasplash_triton.kernels.forward_short import forward_short_kernel
-from adasplash_triton.operands import address, dense_rows, describe, inputs_of, is_short, shared_arguments, strides
+from adasplash_triton.operands import (
+    address,
+    dense_rows,
+    describe,
+    inputs_of,
+    is_short,
+    output_like,
+    row_steps,
+    shared_arguments,
+    strides,
+)
 from adasplash_triton.program import ALIGNMENT, Output, Program, Programs, Step, Table, Workspace
 from adasplash_triton.runner import Address
 
@@ -119,10 +129,11 @@ def forward_program(call: AttentionCall, table: Table) -> Program:
     query, key, value = table["Q"], table["K"], table["V"]
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len, head_dim_v = key.shape[1], value.shape[2], value.shape[3]
-    outputs = [Output("OUT", (batch, heads, q_len, head_dim_v), query.dtype)]
+    outputs = [output_like("OUT", query, head_dim_v)]
     out = Address("OUT", 0, query.dtype)
     arguments = shared_arguments(call, table)
     arguments.update(OUT=out, O2=out, M=out, C=out, BLOCKS=out, POOL=out, TAU=out, SUPPORT=out, pool_size=0)
+    arguments.update(row_steps("out", outputs[0]))
     if spec.needs_grad:
         sizes = (batch, heads, kv_heads, q_len, kv_len, head_dim, head_dim_v)
         o2, rows, lists = saved_shapes(sizes, query.element_size(), not spec.deterministic)
@@ -196,6 +207,7 @@ def _select_solve(
         SAMPLE=config.sample,
         SAMPLE_STEPS=config.sample_steps,
         SAMPLE_WORTH=config.sample_worth,
+        FOLLOW_SHARE=config.follow_share,
         SELECT_GROUPS=min(config.select_keys // 16, config.select_warps),
         LIST_GROUPS=min(config.list_keys // 16, config.list_warps),
         SWEEPS=config.sweeps,
@@ -230,9 +242,11 @@ def backward_program(call: AttentionCall, table: Table) -> Program:
     kv_heads, kv_len, head_dim_v = key.shape[1], value.shape[2], value.shape[3]
     arguments, workspace = shared_arguments(call, table), Workspace()
     q_blocks = arguments["q_blocks"]
-    outputs = [Output(role, tuple(x.shape), x.dtype) for role, x in (("DQ", query), ("DK", key), ("DV", value))]
+    outputs = [output_like(role, x) for role, x in (("DQ", query), ("DK", key), ("DV", value))]
     delta = workspace.add(batch * heads * q_len, torch.float32)
     arguments.update({x.role: Address(x.role, 0, x.dtype) for x in outputs}, DELTA=delta, DALPHA=delta)
+    for x in outputs:
+        arguments.update(row_steps(x.role.lower(), x))
     if spec.alpha_requires_grad:
         outputs.append(Output("DALPHA", (batch, heads, q_blocks), torch.float32))
         arguments["DALPHA"] = Address("DALPHA", 0, torch.float32)

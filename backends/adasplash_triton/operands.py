@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from adasplash_core import layout
 from adasplash_core.backend import AttentionCall
 from adasplash_core.dropout import threshold
 from adasplash_core.masking import row_intervals
 from adasplash_triton.configs import LIST_ROWS, short_length
-from adasplash_triton.program import Table
+from adasplash_triton.program import Output, Table
 from adasplash_triton.runner import INTERPRETED, Address
 
 OPEN = 1 << 30  # a window's open side; the kernels' positions are int32
@@ -142,7 +143,24 @@ def _affine(call: AttentionCall) -> tuple[int, int, int]:
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """``x``, or a copy with the same order of heads and rows in memory, whose last dimension is contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else layout.conform(x, x)
+
+
+def output_like(role: str, x: torch.Tensor, last: int | None = None) -> Output:
+    """An output of shape (B, H, L, ``last`` or E) in the memory order of ``x``, as ``adasplash_core.layout.empty_like`` decides it."""
+    batch, heads, length, size = x.shape
+    size = size if last is None else last
+    head, row = (1, heads) if x.stride(1) < x.stride(2) else (length, 1)
+    return Output(role, (batch, heads, length, size), x.dtype, strides=(heads * length * size, head * size, row * size, 1))
+
+
+def row_steps(prefix: str, output: Output) -> dict[str, int]:
+    """The steps of a dense output from head to head and from row to row, in rows."""
+    assert output.strides is not None
+    _, head, row, _ = output.strides
+    size = max(output.shape[-1], 1)
+    return {f"{prefix}_head": head // size, f"{prefix}_row": row // size}
 
 
 def strides(prefix: str, x: torch.Tensor) -> dict[str, int]:

@@ -31,12 +31,19 @@ ALIGNMENT = 256
 
 
 class Output(NamedTuple):
-    """A tensor that the program allocates."""
+    """A tensor that the program allocates; contiguous if without ``strides``."""
 
     role: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     zero: bool = False
+    strides: tuple[int, ...] | None = None
+
+    def allocate(self, device: torch.device) -> torch.Tensor:
+        if self.strides is None:
+            return (torch.zeros if self.zero else torch.empty)(self.shape, dtype=self.dtype, device=device)
+        x = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+        return x.zero_() if self.zero else x
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +110,8 @@ class Program:
         ------
         ConfigRejectedError: if the config's kernels cannot run on this device.
         """
-        for role, shape, dtype, zero in self.outputs:
-            table[role] = (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
+        for output in self.outputs:
+            table[output.role] = output.allocate(device)
         if not self.steps:
             return
         replay = self._replay

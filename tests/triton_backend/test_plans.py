@@ -171,19 +171,27 @@ def test_equal_keys_have_equal_binaries() -> None:
     assert len(seen) > 300
 
 
-@pytest.mark.parametrize("other", [3072, 8192])
-def test_a_new_length_needs_no_new_kernel(other: int) -> None:
+def causal_steps(length: int, rows_first: bool) -> list[tuple[Step, dict[str, int]]]:
+    """The steps of a long causal call's forward and backward, and the alignment of their tensors: all aligned."""
+    shape = (1, length, 2, 64) if rows_first else (1, 2, length, 64)
+    query, key, value = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(3))
+    if rows_first:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    call = make_call(query, key, value, is_causal=True)
+    call.config = BACKEND.default_config(dataclasses.replace(call.spec, q_len=1024), H100, "forward")
+    table = inputs_of(call)
+    program = launch.forward_program(call, table)
+    saved = {x.role: x.allocate(call.query.device) for x in program.outputs}
+    call.config = BACKEND.default_config(call.spec, H100, "backward")
+    backward = launch.backward_program(call, {**table, **saved, "DO": saved["OUT"]})
+    aligned = dict.fromkeys([*table, *saved, "DO", *(x.role for x in backward.outputs)], 0)
+    return [(step, aligned) for step in (*program.steps, *backward.steps)]
+
+
+@pytest.mark.parametrize(("length", "rows_first"), [(3072, False), (8192, False), (1024, True)])
+def test_a_new_length_or_layout_needs_no_new_kernel(length: int, rows_first: bool) -> None:
     """Neither compile-time constants nor what Triton specialises on may follow the length (if strides stay multiples of 16)."""
-    keys = []
-    for length in (1024, other):
-        query, key, value = (torch.empty(1, 2, length, 64, dtype=torch.bfloat16) for _ in range(3))
-        call = make_call(query, key, value, is_causal=True)
-        call.config = BACKEND.default_config(dataclasses.replace(call.spec, q_len=1024), H100, "forward")
-        table = inputs_of(call)
-        program = launch.forward_program(call, table)
-        saved = {x.role: torch.empty(x.shape, dtype=x.dtype) for x in program.outputs}
-        call.config = BACKEND.default_config(call.spec, H100, "backward")
-        backward = launch.backward_program(call, {**table, **saved, "DO": saved["OUT"]})
-        aligned = dict.fromkeys([*table, *saved, "DO", *(x.role for x in backward.outputs)], 0)
-        keys.append([step.binary(aligned) for step in (*program.steps, *backward.steps)])
-    assert keys[0] == keys[1]
+    first, second = causal_steps(1024, False), causal_steps(length, rows_first)
+    assert [step.binary(aligned) for step, aligned in first] == [step.binary(aligned) for step, aligned in second]
+    steps = {name: value for step, _ in second for name, value in step.arguments.items() if name.endswith("_row")}
+    assert steps == dict.fromkeys(("out_row", "dq_row", "dk_row", "dv_row"), 2 if rows_first else 1)

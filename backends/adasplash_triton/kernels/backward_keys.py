@@ -12,10 +12,19 @@ import triton
 import triton.language as tl
 
 from adasplash_triton.kernels.backward_rows import score_gradient
-from adasplash_triton.kernels.primitives import alpha_minus_one, load_rows, load_tile, row_interval, scores, store_rows, visible
+from adasplash_triton.kernels.primitives import (
+    alpha_minus_one,
+    first_row,
+    load_rows,
+    load_tile,
+    row_interval,
+    scores,
+    store_rows,
+    visible,
+)
 
-LENGTHS = ("q_len", "kv_len", "q_blocks", "shift", "left", "right", "mask_batch", "keymask_batch", "slopes_batch", "heads", "group",
-           "keep_from")  # fmt: skip
+LENGTHS = ("dk_head", "dk_row", "dv_head", "dv_row", "q_len", "kv_len", "q_blocks", "shift", "left", "right", "mask_batch",
+           "keymask_batch", "slopes_batch", "heads", "group", "keep_from")  # fmt: skip
 
 
 @triton.jit
@@ -62,6 +71,7 @@ def add_block(
 def backward_keys_kernel(
     Q, K, V, DO, M, C, DELTA, BLOCKS, A, LO, HI, DIAG, KEYMASK, SLOPES, SEED, DK_SUM, DV_SUM, DK, DV,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, do_batch, do_head, do_stride,
+    dk_head, dk_row, dv_head, dv_row,
     mask_batch, keymask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, shift, left, right, scale, keep_from, keep_scale,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -131,5 +141,7 @@ def backward_keys_kernel(
                     q_stride, do_stride, mask_batch, b, bh, block, q_len, kv_len, shift, left, right, h, x_scale, slope, scale,
                     keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BN, LOADED, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT,
                 )  # fmt: skip
-    store_rows(DK + kv_at * E, dk.to(DK.dtype.element_ty), keys, E, kv_len, E, BE)
-    store_rows(DV + kv_at * EV, dv.to(DV.dtype.element_ty), keys, EV, kv_len, EV, BEV)
+    dk_at = first_row(b, kv_head, kv_heads, kv_len, dk_head)
+    dv_at = first_row(b, kv_head, kv_heads, kv_len, dv_head)
+    store_rows(DK + dk_at * E, dk.to(DK.dtype.element_ty), keys, dk_row * E, kv_len, E, BE)
+    store_rows(DV + dv_at * EV, dv.to(DV.dtype.element_ty), keys, dv_row * EV, kv_len, EV, BEV)

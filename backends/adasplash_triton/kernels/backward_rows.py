@@ -25,6 +25,7 @@ from adasplash_triton.kernels.primitives import (
     dropout_factor,
     edge_tile,
     edge_tiles,
+    first_row,
     head_pointer,
     load_rows,
     load_tile,
@@ -35,8 +36,8 @@ from adasplash_triton.kernels.primitives import (
     weights,
 )
 
-LENGTHS = ("q_len", "kv_len", "q_blocks", "spread", "shift", "left", "right", "mask_batch", "keymask_batch", "slopes_batch", "heads",
-           "group", "keep_from")  # fmt: skip
+LENGTHS = ("dq_head", "dq_row", "q_len", "kv_len", "q_blocks", "spread", "shift", "left", "right", "mask_batch", "keymask_batch",
+           "slopes_batch", "heads", "group", "keep_from")  # fmt: skip
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def add_range_tile(
 @triton.jit(do_not_specialize=LENGTHS)
 def backward_rows_kernel(
     Q, K, V, DO, O2, M, C, POOL, BLOCKS, A, LO, HI, DIAG, KEYMASK, SLOPES, SEED, DQ, DK_SUM, DV_SUM, DELTA, DALPHA,
-    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, do_batch, do_head, do_stride,
+    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, do_batch, do_head, do_stride, dq_head, dq_row,
     mask_batch, keymask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, spread, shift, left, right, scale,
     keep_from, keep_scale,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
@@ -197,7 +198,8 @@ def backward_rows_kernel(
         delta += bias
     some = lo < hi
     dq = tl.where(some[:, None], dq * scale, 0.0)
-    store_rows(DQ + row_at * E, dq.to(DQ.dtype.element_ty), rows, E, q_len, E, BE)
+    dq_at = first_row(b, head, heads, q_len, dq_head)
+    store_rows(DQ + dq_at * E, dq.to(DQ.dtype.element_ty), rows, dq_row * E, q_len, E, BE)
     tl.store(DELTA + row_at + rows, delta, mask=rows < q_len)
     if ALPHA_GRAD:
         g_sum, l_sum, dp_p, dp_pg, dp_pl, u_sum = sums

@@ -197,6 +197,11 @@ def solve_tile(x, h, tol, max_steps, ALPHA: tl.constexpr):
         f = tl.sum(p, 1)
         s = tl.sum(u, 1)
         c = newton_step(c, f, s, h, ALPHA)
-        residual = tl.max(tl.where(s > 0.0, tl.abs(f - 1.0), 0.0), 0)
+        # Always taken, and dropped by the compiler. Without it Triton 3.6 fails for sm_100: it follows a product's result up to a
+        # branch or the end of a loop, and has no layout for a reduction to a number.
+        residuals = tl.zeros_like(f)
+        if steps < max_steps:
+            residuals = tl.where(s > 0.0, tl.abs(f - 1.0), 0.0)
+        residual = tl.max(residuals, 0)
         steps += 1
     return m, c

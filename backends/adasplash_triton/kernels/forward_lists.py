@@ -23,14 +23,14 @@ from adasplash_triton.kernels.primitives import (
     store_result,
 )
 
-LENGTHS = ("q_len", "kv_len", "q_blocks", "spread", "pool_size", "shift", "left", "right", "mask_batch", "slopes_batch", "heads",
-           "group", "keep_from")  # fmt: skip
+LENGTHS = ("out_head", "out_row", "q_len", "kv_len", "q_blocks", "spread", "pool_size", "shift", "left", "right", "mask_batch",
+           "slopes_batch", "heads", "group", "keep_from")  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_lists_kernel(
     Q, K, V, OUT, O2, M, C, TAU, SUPPORT, A, LO, HI, DIAG, SLOPES, SEED, T, MARGIN, ROW_MAX, LISTS, ENTRIES, POOL, POOL_TOP, BLOCKS,
-    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
+    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, out_head, out_row,
     mask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, spread, pool_size, shift, left, right, scale,
     keep_from, keep_scale, tol,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
@@ -99,8 +99,8 @@ def forward_lists_kernel(
                     else:
                         collect_marked(list_, count, POOL + base, 1024)
             store_result(
-                OUT, O2, M, C, TAU, SUPPORT, q, o, o2, sum_p, sum_u, support, m, c, h, lo, hi, rows, bh, q_len, ALPHA, EV, BEV,
-                GRAD, STATS,
+                OUT, O2, M, C, TAU, SUPPORT, q, o, o2, sum_p, sum_u, support, m, c, h, lo, hi, rows, bh, heads, q_len, out_head,
+                out_row, ALPHA, EV, BEV, GRAD, STATS,
             )  # fmt: skip
     if KEEP:
         tl.store(BLOCKS + at, base.to(tl.int32))

@@ -30,7 +30,7 @@ from adasplash_triton.kernels.primitives import (
 
 COARSE_STEPS = tl.constexpr(4)
 FEW = tl.constexpr(0.03)
-"""Expected share of the keys that a block marks from which raising T further pays: more steps, and following the running max."""
+"""Expected share of the keys that a block marks from which further steps over the sample pay."""
 LENGTHS = ("q_len", "kv_len", "q_blocks", "spread", "slots", "hits_stride", "lists_size", "key_blocks", "shift", "left", "right",
            "mask_batch", "keymask_batch", "slopes_batch", "heads", "group")  # fmt: skip
 
@@ -42,7 +42,7 @@ def forward_select_kernel(
     q_blocks, spread, slots, hits_stride, lists_size, key_blocks, shift, left, right, scale,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr, SELECT_KEYS: tl.constexpr, SELECT_ROWS: tl.constexpr,
-    SAMPLE: tl.constexpr, SAMPLE_STEPS: tl.constexpr, SAMPLE_WORTH: tl.constexpr,
+    SAMPLE: tl.constexpr, SAMPLE_STEPS: tl.constexpr, SAMPLE_WORTH: tl.constexpr, FOLLOW_SHARE: tl.constexpr,
     LIST_PERCENT: tl.constexpr, LEAST: tl.constexpr, SELECT_GROUPS: tl.constexpr,
     LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def forward_select_kernel(
     if finite & ~dense:
         slot = take_slot(SLOTS, tl.program_id(0), slots)
         hits = HITS + slot.to(tl.int64) * (hits_stride * BLOCKS_PER_PROGRAM)
-        follow = share * ROWS >= FEW
+        follow = share * ROWS >= FOLLOW_SHARE
         width = 1.0
         if ALPHA < 15:
             width = tl.where(h > 0.0, 1.0 / tl.maximum(h, 1e-30), float("inf"))

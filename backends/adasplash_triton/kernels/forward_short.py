@@ -24,14 +24,14 @@ from adasplash_triton.kernels.primitives import (
     weights,
 )
 
-LENGTHS = ("q_len", "kv_len", "q_blocks", "shift", "left", "right", "mask_batch", "keymask_batch", "slopes_batch", "heads", "group",
-           "keep_from")  # fmt: skip
+LENGTHS = ("out_head", "out_row", "q_len", "kv_len", "q_blocks", "shift", "left", "right", "mask_batch", "keymask_batch",
+           "slopes_batch", "heads", "group", "keep_from")  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_short_kernel(
     Q, K, V, OUT, O2, M, C, TAU, SUPPORT, A, LO, HI, DIAG, KEYMASK, SLOPES, SEED,
-    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride,
+    q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, out_head, out_row,
     mask_batch, keymask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, shift, left, right, scale,
     keep_from, keep_scale, tol,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
@@ -119,6 +119,6 @@ def forward_short_kernel(
     sum_p = tl.sum(ps, 1)
     sum_u = tl.sum(us, 1)
     store_result(
-        OUT, O2, M, C, TAU, SUPPORT, q, o, o2, sum_p, sum_u, support, m, c, h, lo, hi, rows, bh, q_len, ALPHA, EV, BEV, GRAD,
-        STATS,
+        OUT, O2, M, C, TAU, SUPPORT, q, o, o2, sum_p, sum_u, support, m, c, h, lo, hi, rows, bh, heads, q_len, out_head, out_row,
+        ALPHA, EV, BEV, GRAD, STATS,
     )  # fmt: skip

@@ -311,8 +311,15 @@ def head_pointer(X, bh, heads, group, batch_stride, head_stride):
 
 
 @triton.jit
+def first_row(b, head, heads, length, head_step):
+    """Rows before a head's first in an output. Outputs are dense, so steps from head to head and row to row count in rows, and all
+    that a store needs to know of its alignment is the compile-time row size."""
+    return b.to(tl.int64) * heads * length + head.to(tl.int64) * head_step
+
+
+@triton.jit
 def store_result(
-    OUT, O2, M, C, TAU, SUPPORT, q, o, o2, sum_p, sum_u, support, m, c, h, lo, hi, rows, bh, q_len,
+    OUT, O2, M, C, TAU, SUPPORT, q, o, o2, sum_p, sum_u, support, m, c, h, lo, hi, rows, bh, heads, q_len, out_head, out_row,
     ALPHA: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, GRAD: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """Normalise and write a block of rows; rows that see no key become 0."""
@@ -323,7 +330,8 @@ def store_result(
     o = tl.where(live[:, None], o / tl.where(live, sum_p, 1.0)[:, None], 0.0)
     o = tl.where((some & (broken | (sum_p != sum_p)))[:, None], float("nan"), o)
     row_at = bh.to(tl.int64) * q_len
-    store_rows(OUT + row_at * EV, o.to(OUT.dtype.element_ty), rows, EV, q_len, EV, BEV)
+    out_at = first_row(bh // heads, bh % heads, heads, q_len, out_head)
+    store_rows(OUT + out_at * EV, o.to(OUT.dtype.element_ty), rows, out_row * EV, q_len, EV, BEV)
     if GRAD:
         o2 = tl.where(live[:, None], o2 / tl.where(sum_u > 0.0, sum_u, 1.0)[:, None], 0.0)
         store_rows(O2 + row_at * EV, o2.to(O2.dtype.element_ty), rows, EV, q_len, EV, BEV)

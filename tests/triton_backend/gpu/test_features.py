@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from adasplash_core import attention
@@ -41,6 +42,21 @@ def test_compiled_in_one_graph_it_equals_eager_at_every_length() -> None:
         found, want = compiled(*inputs), entmax_attention(inputs[0] * 2, *inputs[1:]).square()
         assert error(found, want) < 1e-2
         agree(gradients(found, inputs), gradients(want, inputs), 2e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_outputs_and_gradients_lie_as_those_of_dot_product_attention(rows_first: bool) -> None:
+    """PyTorch's flash attention answers in the memory order of its inputs."""
+    drawn = draw(2, N, 4, 64) if rows_first else draw(2, 4, N, 64)
+    inputs = leaves([x.transpose(1, 2) if rows_first else x for x in drawn])
+    strides = []
+    for function in (partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True), entmax_attention):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = function(*inputs)
+            strides.append([x.stride() for x in (out, *gradients(out, inputs))])
+    assert strides[0] == strides[1]
+    assert strides[0] == [x.stride() for x in (inputs[0], *inputs)]
 
 
 def dropout_block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

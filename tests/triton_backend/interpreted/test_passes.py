@@ -56,7 +56,12 @@ def run(call: AttentionCall, **config: Any) -> tuple[ForwardResult, Gradients, t
 
 def check(call: AttentionCall, bound: float = 1e-5, **config: Any) -> ForwardResult:
     """Output, statistics and gradients within ``bound`` of the oracle's; returns the result for a look at its lists."""
-    found, grads, grad_out = run(call, **config)
+    return compare(call, *run(call, **config), bound)
+
+
+def compare(
+    call: AttentionCall, found: ForwardResult, grads: Gradients, grad_out: torch.Tensor, bound: float = 1e-5
+) -> ForwardResult:
     want, want_grads = oracle.attention(call), oracle.gradients(call, grad_out)
     assert error(found.out, want.out) < bound
     assert found.tau is not None
