@@ -5,7 +5,8 @@
 Conformance of every feature in every dtype against the float64 oracle, sizes up to 1,048,576 keys, poisoned memory, CUDA graphs,
 torch.compile, checkpointing with dropout, streams, several GPUs where there are, tf32 only where allowed, the entmax transform,
 transformers' models; then
-compute-sanitizer's memcheck and racecheck over scripts/sanitizer_set.py. ``--dry-run`` tries the same steps without a GPU: interpreted,
+compute-sanitizer over scripts/sanitizer_set.py for each backend: memcheck and racecheck, for CUDA C++ synccheck and initcheck too.
+``--dry-run`` tries the same steps without a GPU: interpreted,
 and without the sanitizer's watch.
 """
 
@@ -28,6 +29,7 @@ SANITIZER_SET = ROOT / "scripts" / "sanitizer_set.py"
 TESTS = tuple(ROOT / "tests" / folder / "gpu" for folder in ("triton_backend", "cupy_backend", "integrations", "stack"))
 BUDGET_S = 520
 SANITIZER_S = 200
+TOOLS = {"triton": ("memcheck", "racecheck"), "cupy": ("memcheck", "racecheck", "synccheck", "initcheck")}
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -61,16 +63,23 @@ def main() -> int:
         environment["TRITON_INTERPRET"] = "1"
     started = time.monotonic()
     if not (arguments.skip_sanitizer or arguments.dry_run):
-        warming = start_logged(
-            [sys.executable, str(SANITIZER_SET)], log / "sanitizer-set.log", environment
-        )  # compiles, unwatched
+        # Compiles, unwatched.
+        warming = {
+            name: start_logged([sys.executable, str(SANITIZER_SET), name], log / f"sanitizer-set-{name}.log", environment)
+            for name in TOOLS
+        }
     rows = run_tests(arguments.workers, arguments.only, log, environment, BUDGET_S - 60)
     if not arguments.skip_sanitizer:
-        if not arguments.dry_run and warming.wait():
-            rows.append(Row("sanitizer set", failed=1, note=f"fails unwatched: {log / 'sanitizer-set.log'}"))
-        else:
-            left = BUDGET_S - (time.monotonic() - started)
-            rows += run_sanitizer(log, environment, min(SANITIZER_S, left), arguments.dry_run)
+        sound = list(TOOLS)
+        if not arguments.dry_run:
+            sound = [name for name, process in warming.items() if process.wait() == 0]
+        rows += [
+            Row(f"sanitizer set {name}", failed=1, note=f"fails unwatched: {log / f'sanitizer-set-{name}.log'}")
+            for name in TOOLS
+            if name not in sound
+        ]
+        left = BUDGET_S - (time.monotonic() - started)
+        rows += run_sanitizer(log, environment, sound, min(SANITIZER_S, left), arguments.dry_run)
     print_table(rows, time.monotonic() - started, log)
     return 1 if any(row.failed for row in rows) else 0
 
@@ -123,18 +132,19 @@ def rows_of(report: Path) -> list[Row]:
     return [rows[name] for name in sorted(rows)]
 
 
-def run_sanitizer(log: Path, environment: dict[str, str], limit_s: float, dry_run: bool) -> list[Row]:
-    """memcheck and racecheck side by side, each over the whole set. Allocations are not cached, so that their ends are watched."""
+def run_sanitizer(log: Path, environment: dict[str, str], backends: list[str], limit_s: float, dry_run: bool) -> list[Row]:
+    """Each tool over the whole set, side by side. Allocations are not cached, so that their ends are watched."""
     script = [sys.executable, str(SANITIZER_SET)]
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if dry_run:
-        commands = {"sanitizer set, not watched": script}
+        commands = {"sanitizer set, not watched": [*script, "triton"]}
     elif tool is None:
         return [Row("compute-sanitizer", failed=1, note="is not installed")]
     else:
         commands = {
-            name: [tool, "--tool", name, "--error-exitcode", "99", "--print-limit", "20", *script]
-            for name in ("memcheck", "racecheck")
+            f"{name} {backend}": [tool, "--tool", name, "--error-exitcode", "99", "--print-limit", "20", *script, backend]
+            for backend in backends
+            for name in TOOLS[backend]
         }
         environment = environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     started = time.monotonic()

@@ -1,6 +1,6 @@
-"""A few small calls that take every path of the Triton backend: what compute-sanitizer watches. Run by scripts/gpu_test.py.
+"""A few small calls that take every path of a GPU backend: what compute-sanitizer watches. Run by scripts/gpu_test.py.
 
-Usage: sanitizer_set.py  (on a GPU; with TRITON_INTERPRET=1 the same calls, interpreted, try this script's logic)
+Usage: sanitizer_set.py [triton|cupy]  (on a GPU; with TRITON_INTERPRET=1 Triton's calls, interpreted, try this script's logic)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from adasplash_core import attention, entmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = sys.argv[1] if len(sys.argv) > 1 else "triton"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
@@ -22,7 +23,7 @@ def attend(q_len: int, kv_len: int, dim: int = 64, spread: float = 4.0, dtype: t
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, heads, q_len, dim), (2, kv_heads, kv_len, dim), (2, kv_heads, kv_len, dim))
     query, key, value = (torch.randn(s, generator=generator).to(DEVICE, dtype).requires_grad_() for s in shapes)
-    out = attention(query * spread, key, value, enable_gqa=True, backend="triton", **arguments)
+    out = attention(query * spread, key, value, enable_gqa=True, backend=BACKEND, **arguments)
     assert isinstance(out, torch.Tensor)
     out.float().square().sum().backward()
     for x in (query, key, value):
@@ -32,7 +33,7 @@ def attend(q_len: int, kv_len: int, dim: int = 64, spread: float = 4.0, dtype: t
 
 def transform(rows: int, n: int, alpha: Any, dim: int = -1) -> None:
     x = (2 * torch.randn(rows, n, generator=torch.Generator().manual_seed(0))).to(DEVICE).requires_grad_()
-    entmax(x, alpha, dim, backend="triton").square().sum().backward()
+    entmax(x, alpha, dim, backend=BACKEND).square().sum().backward()
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
 

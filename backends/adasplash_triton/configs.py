@@ -29,7 +29,7 @@ class ForwardConfig(KernelConfig):
     list_percent: int = 85  # longer lists, in per cent of the range, are not made ...
     dense_percent: int = 50  # ... and not used once they have shrunk
     least_list: int = 1024  # lists up to this length always are
-    sweeps: int = 2  # most passes that shorten a list before it is solved
+    sweeps: int = 4  # most passes that shorten a list before it is solved
     list_keys: int = 64
     list_keys_on_chip: int = 128  # longest list whose scores stay on chip
     list_warps: int = 4
@@ -165,7 +165,7 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
         yield replace(base, follow_share=share)
     for keys in (32, 64):
         for registers in (0, 168):
-            for sweeps in (1, 2, 3):
+            for sweeps in (1, 2, 4):
                 yield replace(base, list_keys=keys, list_registers=registers, sweeps=sweeps)
     for on_chip in (64, 128):
         for stages in (2, 3):

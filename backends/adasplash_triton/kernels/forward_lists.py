@@ -1,8 +1,8 @@
 """Forward, second pass: exact tau, O and O2 of the blocks of rows that have a list.
 
-A long list is swept first: the keys found while T was still rising drop out, and T takes a Newton step. A list that fits is then
-solved with its scores on chip, a longer one with a pass over it for each step; one that still holds most of the keys is left to
-``forward_dense``. The keys that some row really weighs are kept for the backward, as long as the pool has room.
+A long list is swept first, perhaps several times: the keys found while T was still rising drop out, and T takes a Newton step. A list
+that fits is then solved with its scores on chip, a longer one with a pass over it for each step; one that still holds most of the keys
+is left to ``forward_dense``. The keys that some row really weighs are kept for the backward, as long as the pool has room.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from adasplash_triton.kernels.primitives import (
 
 LENGTHS = ("out_head", "out_row", "q_len", "kv_len", "q_blocks", "spread", "pool_size", "shift", "left", "right", "mask_batch",
            "slopes_batch", "heads", "group", "keep_from")  # fmt: skip
+LONG_TILES = tl.constexpr(8)
+"""Lists of more tiles are swept again."""
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -59,7 +61,8 @@ def forward_lists_kernel(
             margin = tl.load(MARGIN + row_at, mask=rows < q_len, other=0.0)
             m, c = start_of_row(T, ROW_MAX, row_at, rows < q_len, h, ALPHA)
             sweeps = 0
-            while (count > BS) & (sweeps < SWEEPS):
+            worth = count > BS
+            while worth & (sweeps < SWEEPS):
                 first, last = whole_entries(list_, count, lo, hi, BK)
                 f, s = sweep(
                     q, keys_ptr, list_, count, first, last, k_stride, lo, hi, diag, m, c, margin, h, x_scale, slope,
@@ -68,6 +71,8 @@ def forward_lists_kernel(
                 count = collect_marked(list_, count, list_, 1024)
                 c = tl.where((f > 1.0) & (f < float("inf")), newton_step(c, f, s, h, ALPHA), c)
                 sweeps += 1
+                # A long list shrinks to less than half each time. A shorter one is better solved, unless it may come to fit.
+                worth = (count > BS) & ((count > LONG_TILES * BK) | (count <= 2 * BS))
             low, _, _, end = block_range(lo, hi, 1)
             if count > tl.maximum((end - low) // 100 * DENSE_PERCENT, LEAST):
                 tl.store(ENTRIES + at + 1, -1)
