@@ -7,7 +7,6 @@ spilled register. ``--all`` takes every alpha, pair of head dims and set of feat
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import os
 import re
@@ -15,22 +14,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 
 from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import AttentionSpec
-from adasplash_cupy import configs, requirements
-from adasplash_cupy.instances import HEAD_DIMS, Instance, source
+from adasplash_cupy import configs, nvrtc
+from adasplash_cupy.instances import HEAD_DIMS, Instance
+from adasplash_cupy.nvrtc import CompileError
 
 ARCHITECTURES = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_90a": 227, "sm_100": 227}
 """Largest shared memory of one block, in KiB."""
-
-OPTIONS = ("-std=c++17", "-ftz=true", "--device-as-default-execution-space", "-Xptxas", "-v")
-"""As CuPy compiles, and a report of what is used."""
-
-
-class CompileError(Exception):
-    """NVRTC's log."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class Resources:
 
     registers: int
     spills: int
-    warnings: str  # NVRTC's, without the resource report
+    warnings: str  # NVRTC's, and where products of warpgroups are serialized
 
 
 def compile_instance(instance: Instance, architecture: str) -> Resources:
@@ -49,46 +41,11 @@ def compile_instance(instance: Instance, architecture: str) -> Resources:
     ------
     CompileError: with NVRTC's log.
     """
-    nvrtc = _nvrtc()
-    program = ctypes.c_void_p()
-    text = source(instance.kernel).encode()
-    _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, f"{instance.kernel}.cu".encode(), 0, None, None))
-    try:
-        _check(nvrtc, nvrtc.nvrtcAddNameExpression(program, instance.expression.encode()))
-        options = [option.encode() for option in (*OPTIONS, f"-arch={architecture}")]
-        status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-        size = ctypes.c_size_t()
-        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(max(size.value, 1))
-        nvrtc.nvrtcGetProgramLog(program, buffer)
-        log = buffer.value.decode(errors="replace")
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    if status:
-        raise CompileError(f"{instance.expression} for {architecture}: {log}")
+    log = nvrtc.compile_instance(instance, architecture, "-Xptxas", "-v").log
     used = re.findall(r"Used (\d+) registers", log)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
-    warnings = "\n".join(line for line in log.splitlines() if "warning" in line.lower())
+    warnings = "\n".join(line for line in log.splitlines() if re.search("warning|Performance Loss", line, re.I))
     return Resources(max(map(int, used), default=-1), sum(map(int, spills)), warnings)
-
-
-def is_available() -> bool:
-    """Whether NVRTC is installed."""
-    return requirements.nvrtc_library() is not None
-
-
-@cache
-def _nvrtc() -> ctypes.CDLL:
-    path = requirements.nvrtc_library()
-    if path is None:
-        raise CompileError("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
-    return ctypes.CDLL(path)
-
-
-def _check(nvrtc: ctypes.CDLL, status: int) -> None:
-    if status:
-        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
-        raise CompileError(nvrtc.nvrtcGetErrorString(status).decode())
 
 
 def device(architecture: str) -> DeviceInfo:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from adasplash_core.backend import KernelConfig
 from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import AttentionSpec
-from adasplash_cupy.instances import ALIBI, ALPHA_GRAD, DROPOUT, GRAD, ITEMSIZES, Instance, padded
+from adasplash_cupy.instances import ALIBI, ALPHA_GRAD, DROPOUT, GRAD, ITEMSIZES, Instance, MarkInstance, padded
 
 _ALPHA_CODES = {"1.5": 15, "2": 20}
 
@@ -20,10 +20,20 @@ class ForwardConfig(KernelConfig):
     select_keys: int = 128  # 64 or 128
     select_stages: int = 2
     select_programs: int = 3  # per multiprocessor
+    mark_groups: int = 0  # of 128 queries, where warpgroups mark keys (Hopper): forward_mark; 0: forward_select
+    mark_stages: int = 6  # of 128 keys
+    mark_programs: int = 1  # per multiprocessor
+    mark_ahead: int = 1  # 1: two products under way instead of one; 2: and groups take turns
+    mark_follow: int = 1  # whether thresholds follow the running max
+    mark_split: int = 1  # warpgroups a group; 2: each takes half of a stage, wants mark_subtract, and ignores mark_ahead
+    mark_subtract: int = 0  # whether the tensor cores subtract thresholds
+    mark_sample: int = 16  # the sample of forward_mark's first bound: every so many tiles of 64 keys
+    mark_worth: float = 2.5  # in place of sample_worth there
     keys: int = 64
     stages: int = 2
+    dense_stages: int = 2  # of forward_dense, which holds lists of so many tiles in shared memory
     sample: int = 8  # the sampled pass reads every so many tiles
-    sample_steps: int = 12  # most Newton steps over the sample, at least 1
+    sample_steps: int = 12  # most Newton steps over the whole sample
     sample_worth: float = 1.5  # another step is taken while the rows' mean of sum p over the sample exceeds this
     list_percent: int = 85  # longer lists, in per cent of the range, are not made ...
     dense_percent: int = 50  # ... and not used once they have shrunk
@@ -62,7 +72,7 @@ def short_instance(spec: AttentionSpec, config: ForwardConfig, tile: int) -> Ins
     """The one kernel of a short sequence's forward."""
     e, ev, alpha = padded(spec.head_dim), padded(spec.head_dim_v), _ALPHA_CODES.get(spec.alpha_class, 0)
     flags = ALIBI * spec.alibi | GRAD * spec.needs_grad | DROPOUT * spec.dropout
-    return Instance("forward_short", spec.dtype, e, ev, alpha, tile, config.stages, flags)
+    return Instance("forward_short", spec.dtype, e, ev, alpha, tile, min(config.stages, 2), flags)
 
 
 def forward_instances(spec: AttentionSpec, config: ForwardConfig) -> dict[str, Instance]:
@@ -70,12 +80,31 @@ def forward_instances(spec: AttentionSpec, config: ForwardConfig) -> dict[str, I
     e, ev, alpha = padded(spec.head_dim), padded(spec.head_dim_v), _ALPHA_CODES.get(spec.alpha_class, 0)
     alibi = ALIBI * spec.alibi
     flags = alibi | GRAD * spec.needs_grad | DROPOUT * spec.dropout
-    return {
+    found = {
         "key_max": Instance("key_max", spec.dtype),
         "forward_select": Instance("forward_select", spec.dtype, e, 16, alpha, config.select_keys, config.select_stages, alibi),
         "forward_lists": Instance("forward_lists", spec.dtype, e, ev, alpha, config.keys, config.stages, flags),
-        "forward_dense": Instance("forward_dense", spec.dtype, e, ev, alpha, config.keys, config.stages, flags),
+        "forward_dense": Instance("forward_dense", spec.dtype, e, ev, alpha, config.keys, config.dense_stages, flags),
     }
+    if config.mark_groups and takes_marking(spec):
+        found["forward_bound"] = replace(found["forward_select"], kernel="forward_bound", tile=64, stages=3 if e <= 64 else 2)
+        found["forward_mark"] = MarkInstance(
+            dtype=spec.dtype,
+            head_dim=e,
+            stages=config.mark_stages,
+            groups=config.mark_groups,
+            programs=config.mark_programs,
+            ahead=config.mark_ahead,
+            follow=config.mark_follow,
+            split=config.mark_split,
+            subtract=config.mark_subtract,
+        )
+    return found
+
+
+def takes_marking(spec: AttentionSpec) -> bool:
+    """Whether forward_mark can take the place of forward_select, given a GPU that it runs on."""
+    return ITEMSIZES[spec.dtype] == 2 and padded(spec.head_dim) in (64, 128) and not spec.alibi
 
 
 def backward_instances(spec: AttentionSpec, config: BackwardConfig) -> dict[str, Instance]:
@@ -106,8 +135,14 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
     config = ForwardConfig(keys=64 if width <= 64 and not wide else 32, select_keys=128 if width <= 64 else 64)
     if width > 128 or (wide and width > 64):
         config = replace(config, keys=16)
+    if device.capability == (9, 0) and takes_marking(spec):
+        stages = 6 if padded(spec.head_dim) <= 64 else 4
+        config = replace(config, mark_groups=2, mark_stages=stages, mark_split=2, mark_subtract=1, mark_ahead=0, mark_sample=32)
+    if not wide and width <= 128 and device.shared_memory >= 200 * 1024:
+        # Room for three programs of forward_lists a multiprocessor, and two of forward_dense.
+        config = replace(config, stages=3, dense_stages=5 if width <= 64 else 4)
     while _forward_bytes(spec, config) > _limit(device) and config.stages > 1:
-        config = replace(config, stages=1, select_stages=1)
+        config = replace(config, stages=1, dense_stages=1, select_stages=1)
     while _forward_bytes(spec, config) > _limit(device) and config.keys > 16:
         config = replace(config, keys=config.keys // 2, select_keys=64)
     return config
@@ -151,19 +186,29 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
     base, seen = default_forward(spec, device), set()
     for config in (
         *(
-            replace(base, keys=keys, stages=stages)
+            replace(base, keys=keys, stages=stages, dense_stages=dense)
             for keys in (base.keys, base.keys // 2)
-            for stages in (1, 2, 3)
+            for stages, dense in ((1, 1), (2, 2), (3, 3), (2, 4), (3, 5))
             if keys >= 16
         ),
         *(replace(base, select_keys=keys, select_stages=stages) for keys in (64, 128) for stages in (1, 2, 3)),
         *(replace(base, select_programs=programs) for programs in (1, 2, 4)),
         *(replace(base, sample=sample, sample_worth=worth) for sample in (8, 16) for worth in (1.5, 1.2, 4.0)),
         *(replace(base, list_percent=percent) for percent in (50, 70, 95)),
+        *(_markings(base) if base.mark_groups else ()),
     ):
         if config not in seen and _forward_bytes(spec, config) <= _limit(device) and not _spills(spec, config.select_keys, 64):
             seen.add(config)
             yield config
+
+
+def _markings(base: ForwardConfig) -> Iterator[ForwardConfig]:
+    yield replace(base, mark_groups=0)
+    for sample, worth in ((8, 2.5), (16, 2.5), (32, 1.5), (32, 4.0)):
+        yield replace(base, mark_sample=sample, mark_worth=worth)
+    yield replace(base, mark_follow=0, mark_sample=8)
+    for subtract, ahead in ((1, 1), (0, 1), (0, 2)):
+        yield replace(base, mark_split=1, mark_subtract=subtract, mark_ahead=ahead)
 
 
 def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[BackwardConfig]:

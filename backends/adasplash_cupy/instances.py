@@ -27,6 +27,8 @@ ITEMSIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # configs
 KERNELS = (
     "key_max",
     "forward_select",
+    "forward_bound",
+    "forward_mark",
     "forward_lists",
     "forward_dense",
     "forward_short",
@@ -48,6 +50,16 @@ class Instance:
     tile: int = 64  # keys at a time; backward_keys: query rows; forward_short: a warp's keys
     stages: int = 2  # tiles in flight
     flags: int = 0
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return THREADS
+
+    @property
+    def architecture(self) -> str | None:
+        """The only one whose instructions it is written in; None where any will do."""
+        return None
 
     @property
     def expression(self) -> str:
@@ -72,13 +84,48 @@ class Instance:
         if self.kernel == "forward_short":
             tiles = SHORT_ROWS * row_k + self.stages * 128 * max(row_k, row_v)
             return tiles + (32 * WARPS + 2 * self.tile + 32) * 4
-        values = self.kernel != "forward_select"
+        values = self.kernel not in ("forward_select", "forward_bound")
         tiles = ROWS * row_k + self.stages * self.tile * (row_k + values * row_v) + ((self.stages + 3) * self.tile + 32) * 4
         if self.kernel == "forward_select":
             return tiles + 4 * ROWS * 4
         if self.kernel == "backward_rows":
             return tiles + ROWS * (row_v + 2 * (self.tile * size + 16))
         return tiles
+
+
+@dataclass(frozen=True, slots=True)
+class MarkInstance(Instance):
+    """``forward_mark``; ``stages`` are of 128 keys."""
+
+    kernel: str = "forward_mark"
+    dtype: str = "bfloat16"
+    groups: int = 2  # of 128 queries, a warpgroup each
+    programs: int = 1  # a multiprocessor
+    ahead: int = 1  # 1: two products under way instead of one; 2: and groups take turns
+    follow: int = 1
+    split: int = 1  # warpgroups a group
+    subtract: int = 0  # whether the tensor cores subtract thresholds
+
+    @property
+    def threads(self) -> int:
+        return 128 * (1 + self.groups * self.split)
+
+    @property
+    def architecture(self) -> str | None:
+        return "sm_90a"
+
+    @property
+    def expression(self) -> str:
+        shape = (self.head_dim, self.groups, self.stages, self.programs, self.ahead, self.follow, self.split, self.subtract)
+        return f"{self.kernel}<Marking<{ELEMENTS[self.dtype]}, {', '.join(map(str, shape))}>>"
+
+    @property
+    def shared_bytes(self) -> int:
+        buffers, queries = 2 if self.head_dim <= 64 else 1, 128 * self.groups
+        tiles = (buffers * self.groups + self.stages) * 128 * self.head_dim * 2
+        barriers = (2 * buffers + 2 * self.stages + 4 + self.groups) * 8
+        tiles += self.subtract * 128 * 128
+        return 1024 + tiles + barriers + (4 * buffers + 1) * queries * 4 + 2 * (6 + 6 * self.groups) * 4
 
 
 def padded(head_dim: int) -> int:

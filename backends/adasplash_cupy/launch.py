@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from adasplash_core import layout
 from adasplash_core.backend import AttentionCall, ForwardResult, Gradients
 from adasplash_core.device import device_info
+from adasplash_core.errors import AdasplashWarning
 from adasplash_cupy.configs import (
     BackwardConfig,
     ForwardConfig,
@@ -19,11 +21,15 @@ from adasplash_cupy.configs import (
     uses_lists,
 )
 from adasplash_cupy.instances import COLUMNS, KEYS, ROWS, SHORT_ROWS, Instance
+from adasplash_cupy.nvrtc import CompileError
 from adasplash_cupy.operands import Operands, aligned_rows
 from adasplash_cupy.runner import Launcher, launching
+from adasplash_cupy.tensor_maps import TensorMap, encode, reason_against, tensor_map
 
-_KEYS_A_BLOCK = 512  # of key_max.cu
+_KEYS_A_BLOCK = 128  # of key_max.cu
+_COUNTERS = 6  # of params.cuh
 _MOST_ENTRIES = 2**31 - 1  # positions in the pools are int32
+_CACHED_KEYS = 16 * 2**20  # bytes of K that stay in the L2 cache while forward_mark reads them time and again
 _CACHED_BYTES = 48 * 1024  # scores of a row that the transform keeps in shared memory
 
 
@@ -99,29 +105,63 @@ def _select(
     io_bytes = (query.numel() + key.numel() + operands.value.numel() + out.numel()) * query.element_size()
     hit_words = (-(-kv_len // 128) + 1) * 8
     multiprocessors = device_info(device).multiprocessors if device.type == "cuda" else 1
-    programs = max(1, min(items, multiprocessors * config.select_programs))
+    maps = _maps(operands) if "forward_mark" in instances else None
+    if maps:
+        programs = min(batch * heads * -(-q_len // (128 * config.mark_groups)), multiprocessors * config.mark_programs)
+        words = programs * 2 * config.mark_groups * hit_words * 2  # of two items, and u32
+    else:
+        programs = min(items, multiprocessors * config.select_programs)
+        words = programs * hit_words
     lists = min(io_bytes * 3 // 16 + 1024, _MOST_ENTRIES)
-    zeroed = torch.zeros(8 + batch * kv_heads, dtype=torch.int32, device=device)
+    zeroed = torch.zeros(2 * _COUNTERS + batch * kv_heads, dtype=torch.int32, device=device)
     operands.point("counters", zeroed)
-    values["key_max"] = zeroed.data_ptr() + 32
+    values["key_max"] = zeroed.data_ptr() + 8 * _COUNTERS
     operands.point("t", torch.empty(batch * heads * q_len, device=device))
     operands.point("margin", torch.empty(batch * heads * q_len, device=device))
-    operands.point("hits", torch.empty(programs * hit_words, dtype=torch.int16, device=device))
+    operands.point("hits", torch.empty(words, dtype=torch.int16, device=device))
     operands.point("entries", torch.empty(items * 2, dtype=torch.int32, device=device))
+    operands.point("queue", torch.empty(items, dtype=torch.int32, device=device))
     operands.point("lists", torch.empty(lists, dtype=torch.int32, device=device))
     values.update(
         hit_words=hit_words,
         lists_size=lists,
-        sample=config.sample,
+        sample=config.mark_sample if maps else config.sample,
+        heads_together=max(1, _CACHED_KEYS // (kv_len * key.shape[3] * key.element_size())) * (heads // kv_heads),
         sample_steps=config.sample_steps,
-        sample_worth=config.sample_worth,
+        sample_worth=config.mark_worth if maps else config.sample_worth,
         list_percent=config.list_percent,
         dense_percent=config.dense_percent,
         least_list=config.least_list,
     )
     launch(instances["key_max"], (-(-kv_len // _KEYS_A_BLOCK) * batch * kv_heads,), values)
-    launch(instances["forward_select"], (programs,), values)
+    marked = False
+    if maps:
+        launch(instances["forward_bound"], (items,), values)
+        try:
+            launch(instances["forward_mark"], (programs,), values, maps=maps)
+            marked = True
+        except CompileError as error:
+            warnings.warn(f"NVRTC does not compile Hopper's kernel, a slower one runs instead: {error}", AdasplashWarning, 2)
+    if not marked:
+        launch(instances["forward_select"], (programs,), values)
     launch(instances["forward_lists"], (items,), values)
+
+
+def _maps(operands: Operands) -> list[TensorMap] | None:
+    """Of Q and K; None where the copy engine cannot read them, or the driver does not know of it."""
+    maps = [found for found in (tensor_map(operands.query), tensor_map(operands.key)) if found is not None]
+    if len(maps) < 2:
+        return None
+    if operands.query.device.type == "cuda":
+        if reason_against() is not None:
+            return None
+        try:
+            for of in maps:
+                encode(of)  # kept for the launch
+        except RuntimeError as error:
+            warnings.warn(f"Hopper's kernel does not take this call, a slower one runs instead: {error}", AdasplashWarning, 2)
+            return None
+    return maps
 
 
 def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.Tensor]) -> Gradients:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from adasplash_core.backend import KernelConfig
+from adasplash_core.backend import HeadDims, KernelConfig
 from adasplash_core.testing.conformance import AttentionConformance
 from adasplash_cupy.configs import BackwardConfig, ForwardConfig
 from tests.cupy_backend.emulator import EmulatedCupyBackend, limited
@@ -33,6 +33,25 @@ class _Listing(EmulatedCupyBackend):
 
     def tuning_space(self, *_: Any) -> tuple[()]:
         return ()
+
+
+class _Marking(EmulatedCupyBackend):
+    """Lists by the pass for Hopper, wherever it can run."""
+
+    head_dims = HeadDims(low=40, high=64, multiple_of=8)
+    dtypes = frozenset({"float16"})
+
+    def default_config(self, *_: Any) -> KernelConfig:
+        return ForwardConfig(mark_groups=2, mark_stages=2) if _[2] == "forward" else BackwardConfig()
+
+    def tuning_space(self, *_: Any) -> tuple[()]:
+        return ()
+
+
+@pytest.mark.usefixtures("_lists")
+class TestMarking(AttentionConformance):
+    backend = _Marking()
+    quick = True
 
 
 @pytest.mark.usefixtures("_lists")

@@ -7,15 +7,17 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from adasplash_core.errors import ConfigRejectedError
-from adasplash_cupy import params, runner
+from adasplash_cupy import nvrtc, params, runner
 from adasplash_cupy.configs import ForwardConfig
-from adasplash_cupy.instances import Instance
+from adasplash_cupy.instances import Instance, MarkInstance
+from adasplash_cupy.tensor_maps import tensor_map
 
 
 class CompileException(Exception):  # noqa: N818 (CuPy names it so)
@@ -31,17 +33,20 @@ class FakeKernel:
         self.log, self.expression, self.max_dynamic_shared_size_bytes = log, expression, 0
 
     def __call__(self, grid: Any, block: Any, args: tuple[Any, ...], *, shared_mem: int) -> None:
-        self.log.append(("launch", self.expression, grid, block, bytes(args[0].tobytes()), shared_mem))
+        contents = [bytes(argument.tobytes()) for argument in args]
+        self.log.append(("launch", self.expression, grid, block, contents[0], shared_mem, *contents[1:]))
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """What was asked of CuPy, in order."""
     asked: list[Any] = []
 
     class RawModule:
-        def __init__(self, *, code: str, options: tuple[str, ...], name_expressions: list[str]) -> None:
-            asked.append(("compile", options, name_expressions))
+        def __init__(
+            self, *, code: str = "", options: tuple[str, ...] = (), name_expressions: Any = None, path: str = ""
+        ) -> None:
+            asked.append(("load", path) if path else ("compile", options, name_expressions))
 
         def get_function(self, expression: str) -> FakeKernel:
             if "float, 256" in expression:
@@ -59,6 +64,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         yield
 
     compiler = types.SimpleNamespace(CompileException=CompileException)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     driver = types.SimpleNamespace(CUDADriverError=CUDADriverError)
     cuda = types.SimpleNamespace(
         Device=device, Stream=types.SimpleNamespace(from_external=stream), compiler=compiler, driver=driver
@@ -119,3 +125,30 @@ def test_what_does_not_compile_rejects_the_config(log: list[Any]) -> None:
     ):
         launch(Instance("forward_dense", "float32", 256, 256), (1,), {})
     assert raised.value.config is config
+
+
+@pytest.mark.skipif(not nvrtc.is_available(), reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+def test_what_is_written_for_one_architecture_is_compiled_for_it_and_kept(
+    log: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    compile_instance = nvrtc.compile_instance
+    monkeypatch.setattr(nvrtc, "compile_instance", lambda *a: compiled.append(a[1]) or compile_instance(*a))
+    monkeypatch.setattr(runner, "encode", lambda of: of.address.to_bytes(128, "little"))
+    of = tensor_map(torch.zeros(1, 1, 128, 64, dtype=torch.float16))
+    assert of is not None
+    instance = MarkInstance(dtype="float16", head_dim=64, stages=4)
+    for _ in range(2):  # as two processes
+        runner._kernels.clear()
+        with runner.launching("cupy", ForwardConfig(), torch.device("cuda", 0)) as launch:
+            launch(instance, (9,), {"q_len": 5}, maps=(of, of))
+    assert compiled == ["sm_90a"]
+    (_, path), (_, same_path) = [entry for entry in log if entry[0] == "load"]
+    assert path == same_path
+    assert Path(path).read_bytes().startswith(b"\x7fELF")
+    _, symbol, grid, block, content, shared, *maps = log[-1]
+    assert symbol.startswith("_Z12forward_mark")
+    assert symbol.encode() in Path(path).read_bytes()
+    assert (grid, block, shared) == ((9, 1, 1), (384, 1, 1), instance.shared_bytes)
+    assert len(content) == params.size()
+    assert maps == [of.address.to_bytes(128, "little")] * 2

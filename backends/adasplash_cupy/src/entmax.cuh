@@ -23,8 +23,6 @@ struct Point {
     float m, c, e;
 };
 
-DEVICE float positive(float x) { return x <= 0.f ? 0.f : x; }  // NaN goes through, unlike with fmaxf
-
 // log1p(h y) / h and expm1(h y) / h, with their limit y at h = 0.
 DEVICE float log1p_ratio(float y, float h) { return h > 0.f ? log1pf(fmaxf(h * y, -1.f + 6e-8f)) / h : y; }
 DEVICE float expm1_ratio(float y, float h) { return h > 0.f ? expm1f(h * y) / h : y; }
@@ -50,14 +48,14 @@ struct Entmax {
 
     DEVICE void weigh(float x, const Point& at, float& p, float& u) const {
         if (is(SQUARE)) {
-            u = positive((x - at.m) + at.c);
+            u = ptx::positive((x - at.m) + at.c);
             p = u * u;
         } else if (is(LINEAR)) {
-            p = positive((x - at.m) + at.c);
+            p = ptx::positive((x - at.m) + at.c);
             u = p == 0.f ? 0.f : 1.f;
         } else if (sizeof(T) == 2 && h > 1e-3f) {
             // Two special functions an entry. The exponent's rounding is that of the logarithm over h: far below half precision.
-            float t = positive(1.f + h * ((x - at.m) * at.e));
+            float t = ptx::positive(1.f + h * ((x - at.m) * at.e));
             float w = ptx::log2_fast(t) * inverse_h - LOG2_E * at.c;
             p = ptx::exp2_fast(w);
             u = t == 0.f ? 0.f : ptx::exp2_fast((1.f - h) * w);
@@ -71,6 +69,13 @@ struct Entmax {
                 u = expf((1.f - h) * w);
             }
         }
+    }
+
+    // p and u of a score over the threshold by `over` (SQUARE and LINEAR).
+    DEVICE void weigh_over(float over, float& p, float& u) const {
+        u = ptx::positive(over);
+        p = u * u;
+        if (is(LINEAR)) p = u, u = p == 0.f ? 0.f : 1.f;
     }
 
     // The next c from f = sum p and s = sum u; c itself where the row is empty.

@@ -1,46 +1,61 @@
-// One look at keys: sum p, sum u and max x of this thread's two rows, for given states; and the solve, which looks until it has tau.
+// One look at keys: sum p and sum u of this thread's two rows for given states, or max x; and the solve, which looks until it has tau.
 #pragma once
 
 inline constexpr int MAX_STEPS = 40;  // Newton's steps converge quadratically, 12 were the most seen: this only ends loops
 
-template <class S, class Shared, class Keys>
-DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, const Point (&at)[2], bool sums, float (&f)[2],
-                     float (&s)[2], float (&top)[2]) {
+// Where SUMS, f and s, and where COUNT, in `top` the number of entries above the threshold; else, in `top`, the max.
+template <bool SUMS, bool COUNT, class S, class Shared, class Keys>
+DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, const Point (&at)[2], float (&f)[2], float (&s)[2],
+                     float (&top)[2]) {
     f[0] = f[1] = s[0] = s[1] = 0.f;
-    top[0] = top[1] = -INFINITE;
+    top[0] = top[1] = SUMS ? 0.f : -INFINITE;
     Left<typename S::T, S::BE> q(shared.q + warp() * 16 * S::PK);
     each_tile(x, shared, keys, false, [&](int, const auto* k, const auto*, const int* index, bool whole) {
         float a[1][S::NT][4];
         clear(a[0]);
         multiply_left(a, q, k);
-        to_scores(a[0], x, index, whole);
-#pragma unroll
-        for (int n = 0; n < S::NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], a[0][n][i]);
-        if (sums) {
+        if (SUMS && !S::is(ALIBI) && !x.entmax.is(POWER) && whole) {
+            // Scale, m and c in one rounding: most of the time goes into these four instructions.
 #pragma unroll
             for (int n = 0; n < S::NT; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float p, u;
+                    x.entmax.weigh_over(fmaf(a[0][n][i], x.x_scale, at[i / 2].c - at[i / 2].m), p, u);
+                    f[i / 2] += p;
+                    s[i / 2] += u;
+                    if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
+                }
+            return;
+        }
+        to_scores(a[0], x, index, whole);
+#pragma unroll
+        for (int n = 0; n < S::NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (SUMS) {
+                    float p, u;
                     x.entmax.weigh(a[0][n][i], at[i / 2], p, u);
                     f[i / 2] += p;
                     s[i / 2] += u;
+                    if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
+                } else {
+                    top[i / 2] = fmaxf(top[i / 2], a[0][n][i]);
                 }
-        }
+            }
     });
 #pragma unroll
-    for (int r = 0; r < 2; ++r) f[r] = row_sum(f[r]), s[r] = row_sum(s[r]), top[r] = row_max(top[r]);
+    for (int r = 0; r < 2; ++r) f[r] = row_sum(f[r]), s[r] = row_sum(s[r]), top[r] = SUMS ? row_sum(top[r]) : row_max(top[r]);
 }
 
-// c to a residual |sum p - 1| of at most tol, after which one more step is taken; m must be the exact row max.
+// c to a residual |sum p - 1| of at most tol, after which one more step is taken. For alpha 1.5 and 2 any reference serves as m; the
+// others need the row max.
 template <class S, class Shared, class Keys>
 DEVICE void solve(const Block<S>& x, const Shared& shared, const Keys& keys, const float (&m)[2], float (&c)[2]) {
     for (int step = 0; step < MAX_STEPS; ++step) {
         Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
         float f[2], s[2], top[2];
-        evaluate(x, shared, keys, at, true, f, s, top);
+        evaluate<true, false>(x, shared, keys, at, f, s, top);
         bool more = false;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

@@ -1,7 +1,8 @@
 // Forward, last pass: the blocks of rows that are not finished. Those whose lists are long walk them; those whose lists would hold most
 // of the keys, or found no room, and all of short sequences walk all keys.
 //
-// A pass over the keys for the row max, one for each Newton step, and one for the output. Programs of all other blocks end at once.
+// A pass over the keys for each Newton step from the bound T, and one for the output; where there is no bound, one for the row max first.
+// Programs of all other blocks end at once.
 #include "ptx.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
@@ -15,28 +16,46 @@
 template <class S, class Keys>
 DEVICE int solve_and_write(const Block<S>& x, const Tiles<S>& shared, const Keys& keys, int* list) {
     const Params& p = x.p;
-    Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
-    float f[2], s[2], m[2], c[2];
-    evaluate(x, shared, keys, zero, false, f, s, m);
+    float m[2], c[2];
+    if (p.entries != nullptr && !x.entmax.is(POWER)) {
+        // From the bound, which is near tau after forward_lists' steps.
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (m[r] == -INFINITE) m[r] = 0.f;
-        c[r] = x.entmax.first_c();
-        if (p.entries != nullptr && !x.entmax.is(POWER) && x.row[r] < p.q_len)
-            c[r] = fminf(c[r], m[r] - p.t[x.row_at(r)] + p.margin[x.row_at(r)]);
+        for (int r = 0; r < 2; ++r) {
+            bool inside = x.row[r] < p.q_len;
+            m[r] = inside ? p.t[x.row_at(r)] : 0.f;
+            c[r] = inside ? p.margin[x.row_at(r)] : 0.f;
+            if (!(fabsf(m[r]) < INFINITE)) m[r] = 0.f;
+        }
+    } else {
+        Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
+        float f[2], s[2];
+        evaluate<false, false>(x, shared, keys, zero, f, s, m);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (m[r] == -INFINITE) m[r] = 0.f;
+            c[r] = x.entmax.first_c();
+        }
     }
     solve(x, shared, keys, m, c);
     return write_output(x, shared, keys, m, c, list);
+}
+
+// This program's block, or -1: in the order of the queue, so that the blocks that walk all keys, which take longest, come first.
+DEVICE int find_item(const Params& p) {
+    if (p.entries == nullptr) return ptx::block_x();
+    u64 at = ptx::block_x(), all = p.counters[QUEUED_ALL], lists = p.counters[QUEUED_LISTS];
+    return at < all ? p.queue[at] : at < all + lists ? p.queue[ptx::blocks_x() - 1 - static_cast<int>(at - all)] : -1;
 }
 
 template <class S>
 KERNEL(THREADS, programs<S>(2))
 forward_dense(PARAMS p) {
     using T = typename S::T;
-    int bh = ptx::block_x() / p.q_blocks, block = p.q_blocks - 1 - ptx::block_x() % p.q_blocks;
+    int item = find_item(p);
+    if (item < 0) return;
+    int bh = item / p.q_blocks, block = p.q_blocks - 1 - item % p.q_blocks;
     const int* entry = p.entries + (static_cast<i64>(bh) * p.q_blocks + block) * 2;
     int count = p.entries == nullptr ? static_cast<int>(EVERY_KEY) : entry[1];
-    if (count == FINISHED) return;
     Tiles<S> shared(true);
     Block<S> x(p, bh, block);
     copy_rows<T, S::BE, ROWS>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
@@ -46,7 +65,14 @@ forward_dense(PARAMS p) {
     x.find_rows(shared.scratch);  // syncs
     int kept = -1;
     int* list = count >= 0 ? p.lists + entry[0] : nullptr;
-    if (count >= 0) kept = solve_and_write(x, shared, List<S::BN>{list, count}, list);
-    else solve_and_write(x, shared, Range<S::BN>(x, 1, true), nullptr);
+    if (count >= 0 && count <= S::STAGES * S::BN) {
+        Held<S::BN> keys{count};
+        keys.take(x, shared, list);
+        kept = solve_and_write(x, shared, keys, list);
+    } else if (count >= 0) {
+        kept = solve_and_write(x, shared, List<S::BN>{list, count}, list);
+    } else {
+        solve_and_write(x, shared, Range<S::BN>(x, 1, true), nullptr);
+    }
     keep_list(x, list, kept, shared.scratch);
 }

@@ -1,8 +1,8 @@
 // Forward, second pass: exact tau, O and O2 of the blocks of rows whose lists are short.
 //
-// A long list is shortened first: T rises by a Newton step over the list, columns below it drop out. A list that fits is then solved
-// with its scores on chip; a longer one is left to forward_dense, as is one that still holds most of the keys. The keys that some row
-// really weighs are kept for the backward, as long as the pool has room.
+// A long list is swept first: the keys found while T was still rising drop out, and T takes a Newton step. A list that fits is then
+// solved with its scores on chip; a longer one is left to forward_dense, as is one that still holds most of the keys. The keys that some
+// row really weighs are kept for the backward, as long as the pool has room.
 #include "ptx.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
@@ -12,53 +12,82 @@
 #include "evaluate.cuh"
 #include "output.cuh"
 
-// Raises T and drops the keys below it; returns the list's new length.
+inline constexpr int SWEEPS = 2;  // after which T is near tau in most rows
+
+// Drops the keys below T, and raises T by a Newton step over the list, until it fits or this was done twice; returns its new length.
 template <class S>
-DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int count) {
+DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int count, int fits) {
     const Params& p = x.p;
-    List<S::BN> keys{list, count};
     float f[2], s[2], m[2], t[2], margin[2];
-    Point at[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         bool inside = x.row[r] < p.q_len;
         t[r] = inside ? p.t[x.row_at(r)] : 0.f;
         margin[r] = inside ? p.margin[x.row_at(r)] : 0.f;
-        // Measured from the bound itself (m := T, c := 0) the sums are those at tau = T, whatever the max turns out to be.
-        at[r] = x.entmax.point(t[r], 0.f);
     }
-    evaluate(x, shared, keys, at, !x.entmax.is(POWER), f, s, m);
+    if (x.entmax.is(POWER)) {
+        Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
+        evaluate<false, false>(x, shared, List<S::BN>{list, count}, zero, f, s, m);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float c = x.entmax.first_c();
-        if (m[r] == -INFINITE) m[r] = 0.f;
-        if (!x.entmax.is(POWER)) {
-            float risen = t[r] - x.entmax.newton(0.f, f[r], s[r]);
-            c = fminf(c, m[r] - (f[r] > 1.f && f[r] < INFINITE ? risen : t[r]) + margin[r]);
-        }
-        t[r] = x.entmax.threshold(m[r], c);
-        if (lane() % 4 == 0 && x.row[r] < p.q_len) p.t[x.row_at(r)] = t[r];
-        t[r] = x.some(r) ? t[r] - margin[r] : INFINITE;
+        for (int r = 0; r < 2; ++r)
+            if (m[r] > -INFINITE) t[r] = fmaxf(t[r], x.entmax.threshold(m[r], x.entmax.first_c()));
     }
-    int kept = 0;
     Left<typename S::T, S::BE> q(shared.q + warp() * 16 * S::PK);
-    each_tile(x, shared, keys, false, [&](int tile, const auto* k, const auto*, const int* index, bool whole) {
-        float a[1][S::NT][4];
-        clear(a[0]);
-        multiply_left(a, q, k);
-        to_scores(a[0], x, index, whole);
-        u32 bits = 0;
+    for (int sweep = 0; sweep < SWEEPS && count > fits; ++sweep) {
+        // Measured from the bound itself (m := T, c := 0) the sums are those at tau = T.
+        Point at[2] = {x.entmax.point(t[0], 0.f), x.entmax.point(t[1], 0.f)};
+        float least[2];  // over T, of what stays
 #pragma unroll
-        for (int n = 0; n < S::NT; ++n)
+        for (int r = 0; r < 2; ++r) f[r] = s[r] = 0.f, least[r] = x.some(r) ? -margin[r] : INFINITE;
+        int kept = 0;
+        each_tile(x, shared, List<S::BN>{list, count}, false, [&](int tile, const auto* k, const auto*, const int* index, bool whole) {
+            float a[1][S::NT][4];
+            clear(a[0]);
+            multiply_left(a, q, k);
+            u32 bits = 0;
+            if (!S::is(ALIBI) && !x.entmax.is(POWER) && whole) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (a[0][n][i] >= t[i / 2] && a[0][n][i] > -INFINITE) bits |= 1u << (2 * n + i % 2);
-        int* flags = shared.flags + tile % 2 * S::BN;
-        mark_columns<S::NT>(bits, flags);
-        ptx::sync();
-        if (warp() == 0) kept = append_flagged(list, kept, index, flags, S::BN);
-    });
-    return from_first_warp(kept, shared.scratch);
+                for (int n = 0; n < S::NT; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        float over = fmaf(a[0][n][i], x.x_scale, -t[i / 2]), w, u;
+                        if (over >= least[i / 2]) bits |= 1u << (2 * n + i % 2);
+                        x.entmax.weigh_over(over, w, u);
+                        f[i / 2] += w;
+                        s[i / 2] += u;
+                    }
+            } else {
+                to_scores(a[0], x, index, whole);
+#pragma unroll
+                for (int n = 0; n < S::NT; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        if (a[0][n][i] > -INFINITE && a[0][n][i] - t[i / 2] >= least[i / 2]) bits |= 1u << (2 * n + i % 2);
+                        if (!x.entmax.is(POWER)) {
+                            float w, u;
+                            x.entmax.weigh(a[0][n][i], at[i / 2], w, u);
+                            f[i / 2] += w;
+                            s[i / 2] += u;
+                        }
+                    }
+            }
+            int* flags = shared.flags + tile % 2 * S::BN;
+            mark_columns<S::NT>(bits, flags);
+            ptx::sync();
+            if (warp() == 0) kept = append_flagged(list, kept, index, flags, S::BN);
+        });
+        count = from_first_warp(kept, shared.scratch);
+        if (x.entmax.is(POWER)) break;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            f[r] = row_sum(f[r]), s[r] = row_sum(s[r]);
+            if (f[r] > 1.f && f[r] < INFINITE) t[r] = fmaxf(t[r], t[r] - x.entmax.newton(0.f, f[r], s[r]) - margin[r]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+        if (lane() % 4 == 0 && x.row[r] < p.q_len) p.t[x.row_at(r)] = t[r];
+    return count;
 }
 
 // As many as the tiles in shared memory hold, unless the registers hold fewer.
@@ -96,8 +125,12 @@ DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int cou
         if (m[r] == -INFINITE) m[r] = 0.f;
         c[r] = x.entmax.first_c();
     }
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[0][n][i] -= m[i / 2];
     for (int step = 0; step < MAX_STEPS; ++step) {
-        Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
+        Point at[2] = {x.entmax.point(0.f, c[0]), x.entmax.point(0.f, c[1])};
         float f[2] = {0.f, 0.f}, s[2] = {0.f, 0.f};
 #pragma unroll
         for (int n = 0; n < NT; ++n)
@@ -119,7 +152,7 @@ DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int cou
     }
     ptx::wait_copies<0>();
     ptx::sync();
-    Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
+    Point at[2] = {x.entmax.point(0.f, c[0]), x.entmax.point(0.f, c[1])};
     Sums<S> sums;
     u32 bits = 0;
 #pragma unroll 1
@@ -141,6 +174,12 @@ DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int cou
     return warp() == 0 ? append_flagged(list, 0, shared.index, shared.flags, BS) : 0;
 }
 
+// Leaves this program's block to forward_dense, which takes those that walk all keys first.
+DEVICE void enqueue(const Params& p, int count) {
+    if (count < 0) p.queue[ptx::fetch_add(p.counters + QUEUED_ALL, 1)] = ptx::block_x();
+    else p.queue[static_cast<u64>(ptx::blocks_x()) - 1 - ptx::fetch_add(p.counters + QUEUED_LISTS, 1)] = ptx::block_x();
+}
+
 template <class S>
 KERNEL(THREADS, programs<S>(3))
 forward_lists(PARAMS p) {
@@ -149,7 +188,10 @@ forward_lists(PARAMS p) {
     int bh = ptx::block_x() / p.q_blocks, block = p.q_blocks - 1 - ptx::block_x() % p.q_blocks;
     int* entry = p.entries + (static_cast<i64>(bh) * p.q_blocks + block) * 2;
     int count = entry[1];
-    if (count < 0) return;
+    if (count < 0) {
+        if (ptx::thread() == 0) enqueue(p, count);
+        return;
+    }
     Tiles<S> shared(true);
     Block<S> x(p, bh, block);
     copy_rows<T, S::BE, ROWS>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
@@ -158,7 +200,7 @@ forward_lists(PARAMS p) {
     ptx::wait_copies<0>();
     x.find_rows(shared.scratch);  // syncs
     int* list = p.lists + entry[0];
-    if (count > FITS) count = shrink(x, shared, list, count);
+    if (count > FITS) count = shrink(x, shared, list, count, FITS);
     if (count <= FITS) {
         keep_list(x, list, on_chip(x, shared, list, count), shared.scratch);
         count = FINISHED;
@@ -166,5 +208,8 @@ forward_lists(PARAMS p) {
         int limit = (x.end - x.low) / 100 * p.dense_percent;
         if (count > (limit > p.least_list ? limit : p.least_list)) count = EVERY_KEY;
     }
-    if (ptx::thread() == 0) entry[1] = count;
+    if (ptx::thread() == 0) {
+        entry[1] = count;
+        if (count != FINISHED) enqueue(p, count);
+    }
 }

@@ -17,54 +17,7 @@
 #include "rows.cuh"
 #include "tiles.cuh"
 #include "evaluate.cuh"
-
-// Lowers of tau for this thread's two rows, in units of x.
-template <class S>
-DEVICE void sampled_bound(const Block<S>& x, const Tiles<S>& shared, float (&t)[2]) {
-    const Params& p = x.p;
-    Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
-    float f[2], s[2], m[2], c[2];
-    evaluate(x, shared, Range<S::BN>(x, p.sample, true), zero, false, f, s, m);
-    bool some[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        some[r] = x.some(r) && m[r] > -INFINITE;
-        c[r] = x.entmax.first_c();
-    }
-    // Steps over a quarter of the sample cost little and tell whether more pay. Where the first one does, the sample grows to twice its
-    // size as the steps over a smaller one are used up. They are only taken where the sum over a subset of the keys exceeds 1, so c
-    // never passes the root.
-    int stride = p.sample * 4;
-    for (int step = 0; step < p.sample_steps;) {
-        Range<S::BN> keys(x, stride, false);
-        Point at[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) at[r] = x.entmax.point(some[r] ? m[r] : 0.f, c[r]);
-        float top[2];
-        evaluate(x, shared, keys, at, true, f, s, top);
-        float excess = 0.f;  // of the rows' sums over what makes another step worth while
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-            if (some[r]) {
-                if (f[r] > 1.f) c[r] = x.entmax.newton(c[r], f[r], s[r]);
-                excess += f[r] - p.sample_worth;
-            }
-        ++step;
-        float* sums = reinterpret_cast<float*>(shared.scratch);
-        for (int i = 4; i < 32; i *= 2) excess += ptx::shuffle_xor(excess, i);
-        if (lane() == 0) sums[warp()] = excess;
-        ptx::sync();
-        excess = 0.f;
-        for (int w = 0; w < WARPS; ++w) excess += sums[w];
-        ptx::sync();
-        if (!(excess >= 0.f)) {
-            if (step == 1 || stride * 2 <= p.sample) break;
-            stride = stride > p.sample ? p.sample : (p.sample + 1) / 2;
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) t[r] = x.entmax.threshold(some[r] ? m[r] : 0.f, c[r]);
-}
+#include "bound.cuh"
 
 // What of the 64 rows the marks need, a row a place.
 struct Columns {
@@ -169,7 +122,7 @@ forward_select(PARAMS p) {
     for (;;) {
         // Head by head, so that K stays in the L2 cache; in a head the longest rows of a causal mask first.
         if (ptx::thread() == 0) {
-            u64 next = ptx::fetch_add(p.counters + 2, 1);
+            u64 next = ptx::fetch_add(p.counters + SELECTED, 1);
             shared.scratch[16] = static_cast<int>(next), shared.scratch[17] = static_cast<int>(next >> 32);
         }
         ptx::sync();
@@ -190,32 +143,26 @@ forward_select(PARAMS p) {
             ptx::sync();
         }
         float t[2];
-        sampled_bound(x, shared, t);
+        bool dense = sampled_bound(x, shared, t);
 
-        float k_max = ptx::float_of(p.key_max[x.b * (p.heads / p.group) + x.head / p.group]);
+        float k_max = largest_key(x), margin[2];
         bool finite = k_max < INFINITE;
-        int longest = p.q_len > p.kv_len ? p.q_len : p.kv_len;
+        score_margin(x, shared, finite ? k_max : 0.f, margin);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            // Each of two roundings lies within 2^-22 sum_d |q_d k_d| of the exact score, and the sum is at most E max|q| max|k|.
             int row = warp() * 16 + lane() / 4 + 8 * r;
-            float q_max = 0.f;
-            for (int i = lane() % 4; i < S::BE; i += 4) q_max = fmaxf(q_max, fabsf(ptx::to_float(shared.q[row * S::PK + i])));
-            q_max = row_max(q_max);
-            float margin = q_max * ((finite ? k_max : 0.f) * x.x_scale * (static_cast<float>(p.head_dim) * 4.8e-7f)) + 1e-6f;
-            margin += fabsf(x.slope) * static_cast<float>(longest) * 2.4e-7f;
             if (lane() % 4 == 0) {
-                float wanted = (t[r] - margin) / fmaxf(x.x_scale, 1e-30f);
+                float wanted = (t[r] - margin[r]) / fmaxf(x.x_scale, 1e-30f);
                 columns.start[row] = x.some(r) ? -wanted : -INFINITE;
                 columns.lo[row] = x.lo[r], columns.hi[row] = x.hi[r], columns.diag[row] = x.diag[r];
-                if (x.row[r] < p.q_len) p.t[x.row_at(r)] = t[r], p.margin[x.row_at(r)] = margin;
+                if (x.row[r] < p.q_len) p.t[x.row_at(r)] = t[r], p.margin[x.row_at(r)] = margin[r];
             }
         }
         ptx::sync();
         // A NaN or infinite key must reach every row that sees it, so no list may leave it out.
         i64 base = 0;
         int count = -1;
-        if (finite) {
+        if (finite && !dense) {
             int marked = warp_sum(mark(x, shared, Range<S::BN>(x, 1, true), columns, hits));
             if (lane() == 0) shared.scratch[warp()] = marked;
             ptx::sync();
@@ -225,7 +172,7 @@ forward_select(PARAMS p) {
             int limit = (x.end - x.low) / 100 * p.list_percent;
             if (marked <= (limit > p.least_list ? limit : p.least_list)) {
                 if (ptx::thread() == 0) {
-                    u64 place = ptx::fetch_add(p.counters, static_cast<u64>(marked));
+                    u64 place = ptx::fetch_add(p.counters + LISTED, static_cast<u64>(marked));
                     bool room = place + static_cast<u64>(marked) <= static_cast<u64>(p.lists_size);
                     shared.scratch[8] = room ? static_cast<int>(place) : -1;
                 }

@@ -59,9 +59,14 @@ DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename 
 // Whether a row of Q holds NaN or inf: such a query spoils its own row, whatever its keys.
 template <class S>
 DEVICE bool broken_row(const typename S::T* q, int row) {
-    bool broken = false;
-    for (int i = lane() % 4; i < S::BE; i += 4) broken = broken || !(fabsf(ptx::to_float(q[row * S::PK + i])) < INFINITE);
-    int any = broken;
+    using Part = Chunk<typename S::T>;
+    float zero = 0.f;  // until it is NaN
+    for (int i = lane() % 4; i < S::BE / Part::SIZE; i += 4) {
+        Part part = reinterpret_cast<const Part*>(q + row * S::PK)[i];
+#pragma unroll
+        for (int j = 0; j < Part::SIZE; ++j) zero = fmaf(ptx::to_float(part.x[j]), 0.f, zero);
+    }
+    int any = zero != 0.f;
     any |= ptx::shuffle_xor(any, 1);
     return (any | ptx::shuffle_xor(any, 2)) != 0;
 }
@@ -182,7 +187,7 @@ DEVICE void keep_list(const Block<S>& x, const int* list, int kept, int* scratch
     kept = from_first_warp(kept, scratch);
     i64 base = -1;
     if (kept >= 0) {
-        u64 place = ptx::thread() == 0 ? ptx::fetch_add(p.counters + 1, static_cast<u64>(kept)) : 0;
+        u64 place = ptx::thread() == 0 ? ptx::fetch_add(p.counters + POOLED, static_cast<u64>(kept)) : 0;
         base = from_first_warp(place + static_cast<u64>(kept) <= static_cast<u64>(p.pool_size) ? static_cast<int>(place) : -1, scratch);
     }
     if (base >= 0)

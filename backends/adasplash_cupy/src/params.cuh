@@ -2,6 +2,9 @@
 // 8-byte fields first, so that there is no padding but at the end. Strides are in elements; head dims beyond the given ones are zero.
 #pragma once
 
+// What is counted: entries taken of `lists` and of `pool`, items that forward_select or forward_mark took, blocks in `queue`.
+enum Counter { LISTED = 0, POOLED = 1, SELECTED = 2, QUEUED_ALL = 3, QUEUED_LISTS = 4 };
+
 struct Params {
     const void* q;  // (batch, heads, q_len, head_dim)
     const void* k;  // (batch, kv_heads, kv_len, head_dim)
@@ -19,13 +22,14 @@ struct Params {
     const u8* key_mask;          // (1 or batch, kv_len), 0 hides a key, or null
     const float* slopes;         // (heads,) or (batch, heads), or null
     const i64* seed;             // of dropout, or null
-    u64* counters;               // top of `lists`, top of `pool`, next block of rows of the select pass; zeroed
+    u64* counters;               // of Counter; zeroed
     u32* key_max;                // (batch, kv_heads) max |k| as the bits of a float; zeroed
     float* t;                    // lower bound of tau, in units of x
     float* margin;               // by how much two roundings of a score may differ
-    u16* hits;                   // a bit a key for each program of the select pass
+    u16* hits;                   // marks of each program of the select pass, or of forward_mark
     int* entries;                // (batch, heads, q_blocks, 2) offset in `lists` and length, or one of Entry; null: all EVERY_KEY
     int* lists;
+    int* queue;                  // blocks for forward_dense: those that walk all keys from the front, those with lists from the back
     int* blocks;                 // as entries, in `pool`: the keys that the backward walks; or null: none are kept
     int* pool;
     const void* d_out;           // (batch, heads, q_len, head_dim_v)
@@ -50,8 +54,9 @@ struct Params {
     int q_len, kv_len, q_blocks;
     int head_dim, head_dim_v;
     int shift, left, right;      // row i sees max(0, i + shift - left) <= j < min(kv_len, i + shift + right + 1)
-    int hit_words;               // u16 a program of the select pass
-    int sample, sample_steps;    // see forward_select.cu
+    int hit_words;               // of a program's marks: u16, or u32 a group of queries of forward_mark
+    int sample, sample_steps;    // see bound.cuh
+    int heads_together;          // whose blocks forward_mark takes in turn, so that their keys stay in the L2 cache
     int list_percent, dense_percent, least_list;
     u32 keep_from;               // dropout keeps entries whose word is at least this
     float keep_scale;            // 1 / (1 - dropout_p)

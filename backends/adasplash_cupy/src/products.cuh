@@ -36,6 +36,12 @@ DEVICE void store_pair(T* to, float first, float second) {
     }
 }
 
+// What a thread loads at once.
+template <class T>
+struct alignas(16) Chunk {
+    static constexpr int SIZE = 16 / sizeof(T);
+    T x[SIZE];
+};
 struct alignas(16) Four {
     float x[4];
 };

@@ -67,6 +67,17 @@ DEVICE float renewed(float x) {
     return x;
 }
 
+// max(x, 0), but NaN for NaN.
+DEVICE float positive(float x) {
+#if __CUDA_ARCH__ >= 800
+    float y;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return x <= 0.f ? 0.f : x;
+#endif
+}
+
 DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

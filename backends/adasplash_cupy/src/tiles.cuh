@@ -48,6 +48,36 @@ struct List {
     }
 };
 
+// A list short enough that the rows of K and V of all its tiles lie in shared memory at once: later walks copy nothing.
+template <int BN>
+struct Held {
+    int count;
+
+    DEVICE int tiles() const { return (count + BN - 1) / BN; }
+
+    // Starts the copies: those of V may go on as long as none is asked for.
+    template <class S, class Shared>
+    DEVICE void take(const Block<S>& x, const Shared& shared, const int* list) const {
+        for (int i = ptx::thread(); i < tiles() * BN; i += THREADS) shared.index[i] = i < count ? list[i] : -1;
+        ptx::sync();
+        for (int tile = 0; tile < tiles(); ++tile)
+            gather_rows<typename S::T, S::BE, BN>(shared.k + tile * Shared::K_SIZE, x.k, x.p.k_row, x.p.head_dim, shared.index + tile * BN);
+        ptx::commit_copies();
+        for (int tile = 0; tile < tiles(); ++tile) {
+            const int* index = shared.index + tile * BN;
+            gather_rows<typename S::T, S::BEV, BN>(shared.v + tile * Shared::V_SIZE, x.v, x.p.v_row, x.p.head_dim_v, index);
+        }
+        ptx::commit_copies();
+    }
+};
+
+// Whether every row sees every key of a tile.
+template <class S>
+DEVICE bool seen_by_all(const Block<S>& x, const int* index) {
+    int first = index[0], last = index[S::BN - 1];
+    return x.key_mask == nullptr && first >= x.lo_max && last >= 0 && last < x.hi_min;
+}
+
 // Shared memory of the passes over keys for a block of rows. Python's shared_bytes() knows the sizes too.
 template <class S>
 struct Tiles {
@@ -114,13 +144,23 @@ DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys,
         bool more = me < S::BN && tile + AHEAD < tiles;
         int ahead = more ? keys.key(tile + AHEAD, me) : -1;
         const int* index = shared.index + tile % SLOTS * S::BN;
-        int stage = tile % S::STAGES, first = index[0], last = index[S::BN - 1];
-        bool whole = x.key_mask == nullptr && first >= x.lo_max && last >= 0 && last < x.hi_min;
-        body(tile, shared.k + stage * Shared::K_SIZE, shared.v + stage * Shared::V_SIZE, index, whole);
+        int stage = tile % S::STAGES;
+        body(tile, shared.k + stage * Shared::K_SIZE, shared.v + stage * Shared::V_SIZE, index, seen_by_all(x, index));
         if (more) shared.index[(tile + AHEAD) % SLOTS * S::BN + me] = ahead;
         if constexpr (S::STAGES == 1) ptx::sync();
     }
     ptx::sync();
+}
+
+template <class S, class Shared, class Body>
+DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Held<S::BN>& keys, bool values, Body&& body) {
+    if (values) ptx::wait_copies<0>();
+    else ptx::wait_copies<1>();
+    ptx::sync();
+    for (int tile = 0; tile < keys.tiles(); ++tile) {
+        const int* index = shared.index + tile * S::BN;
+        body(tile, shared.k + tile * Shared::K_SIZE, shared.v + tile * Shared::V_SIZE, index, seen_by_all(x, index));
+    }
 }
 
 // Products to x, in place; -inf where a row does not see a key.

@@ -9,10 +9,11 @@ import ctypes
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -24,8 +25,9 @@ import torch
 from adasplash_core.backend import HeadDims, KernelConfig
 from adasplash_cupy import params
 from adasplash_cupy.backend import CupyBackend
-from adasplash_cupy.instances import ALL_FLAGS, THREADS, Instance, source
+from adasplash_cupy.instances import ALL_FLAGS, Instance, MarkInstance, source
 from adasplash_cupy.runner import Launcher
+from adasplash_cupy.tensor_maps import BYTES, TensorMap
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
@@ -56,22 +58,36 @@ def launching(backend: str, config: KernelConfig | None, device: torch.device) -
     """In place of :func:`adasplash_cupy.runner.launching`."""
 
     def launch(
-        instance: Instance, grid: tuple[int, ...], values: Mapping[str, int | float], more_shared_bytes: int = 0
+        instance: Instance,
+        grid: tuple[int, ...],
+        values: Mapping[str, int | float],
+        more_shared_bytes: int = 0,
+        maps: Sequence[TensorMap] = (),
     ) -> None:
         library = _library(merged(instance))
         blocks = (ctypes.c_int * 3)(*(*grid, 1, 1)[:3])
+        contents = [params.pack(values), *map(encode, maps)]
+        arguments = (ctypes.c_char_p * len(contents))(*contents)
         with _lock:
-            failure = library.launch(params.pack(values), blocks, instance.shared_bytes + more_shared_bytes, order)
+            failure = library.launch(arguments, blocks, instance.shared_bytes + more_shared_bytes, order)
         if failure:
             raise AssertionError(f"{instance.expression}: {failure.decode()}")
 
     yield launch
 
 
+def encode(of: TensorMap) -> bytes:
+    """``TensorMap`` of fibers.h."""
+    size = of.dtype.itemsize
+    return struct.pack("P4q3q4i", of.address, *of.lengths, *of.strides, of.columns, of.rows, size, 1).ljust(BYTES, b"\0")
+
+
 def merged(instance: Instance) -> Instance:
     """The most general instance that does the same: fewer to compile."""
     if instance.kernel in ("key_max", "transform"):
         return Instance(instance.kernel, instance.dtype)
+    if isinstance(instance, MarkInstance):
+        return instance
     return replace(instance, alpha=instance.alpha if instance.head_dim == 64 else 0, flags=ALL_FLAGS)
 
 
@@ -88,6 +104,8 @@ _LAYOUTS = {
     "key_max": "0",
     "transform": "3 * WARPS * 4",
     "forward_select": "Tiles<SHAPE>::bytes(false) + 4 * ROWS * 4",
+    "forward_bound": "Tiles<SHAPE>::bytes(false)",
+    "forward_mark": "MarkTiles<SHAPE>::bytes()",
     "forward_lists": "Tiles<SHAPE>::bytes(true)",
     "forward_dense": "Tiles<SHAPE>::bytes(true)",
     "forward_short": "ShortTiles<SHAPE>::bytes()",
@@ -98,20 +116,31 @@ _LAYOUTS = {
 
 def _text(instance: Instance) -> str:
     """One source: the kernel with the twin of ptx.cuh, and what the host calls."""
-    machine = (params.SOURCES / "ptx.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
     kernel = source(instance.kernel)
-    assert machine in kernel
-    layout = _LAYOUTS[instance.kernel]
-    shape = instance.expression.partition("<")[2][:-1]
-    return f"""#include "ptx.cuh"
-{kernel.replace(machine, "")}
-using SHAPE = {shape};
+    machines = ["ptx.cuh", "hopper.cuh"] if instance.architecture else ["ptx.cuh"]
+    for name in machines:
+        machine = (params.SOURCES / name).read_text(encoding="utf-8").replace("#pragma once", "")
+        assert machine in kernel
+        kernel = kernel.replace(machine, "")
+    maps = (
+        ["*static_cast<const ptx::TensorMap*>(a[1])", "*static_cast<const ptx::TensorMap*>(a[2])"]
+        if instance.architecture
+        else []
+    )
+    arguments = ", ".join(["*static_cast<const Params*>(a[0])", *maps])
+    includes = "\n".join(f'#include "{name}"' for name in machines)
+    return f"""{includes}
+{kernel}
+using SHAPE = {instance.expression.partition("<")[2][:-1]};
 #define API extern "C" __attribute__((visibility("default")))
-static void entry(const void* p) {{ {instance.expression}(*static_cast<const Params*>(p)); }}
-API const char* launch(const void* p, const int* grid, int shared, int order) {{
-    return fibers::run(entry, p, {{grid[0], grid[1], grid[2]}}, {THREADS}, shared, order);
+static void entry(const void* p) {{
+    auto a = static_cast<const void* const*>(p);
+    {instance.expression}({arguments});
 }}
-API int shared_bytes() {{ return {layout}; }}
+API const char* launch(const void* const* a, const int* grid, int shared, int order) {{
+    return fibers::run(entry, a, {{grid[0], grid[1], grid[2]}}, {instance.threads}, shared, order);
+}}
+API int shared_bytes() {{ return {_LAYOUTS[instance.kernel]}; }}
 API int params_size() {{ return sizeof(Params); }}
 """
 
@@ -121,7 +150,7 @@ def _library(instance: Instance) -> ctypes.CDLL:
     path = build(instance)
     library = ctypes.CDLL(str(path))
     library.launch.restype = ctypes.c_char_p
-    library.launch.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int]
+    library.launch.argtypes = [ctypes.POINTER(ctypes.c_char_p), ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int]
     return library
 
 
@@ -142,15 +171,19 @@ def build(instance: Instance) -> Path:
 
 @cache
 def _machine() -> Path:
-    """The object file of the fibers, in a folder of this user's."""
-    content = b"".join((HERE / name).read_bytes() for name in ("fibers.h", "fibers.cpp", "ptx.cuh"))
+    """The object file of the machine, in a folder of this user's."""
+    parts = ("fibers.cpp", "hopper.cpp")
+    content = b"".join((HERE / name).read_bytes() for name in ("fibers.h", "machine.h", "ptx.cuh", "hopper.cuh", *parts))
     folder = Path(tempfile.gettempdir()) / f"adasplash-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / f"{hashlib.sha256(content).hexdigest()[:24]}.o"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as made:
-            _compile([*_FLAGS, "-O3", "-march=native", "-c", str(HERE / "fibers.cpp"), "-o", f"{made}/fibers.o"])
-            (Path(made) / "fibers.o").replace(path)
+            objects = [f"{made}/{name}.o" for name in parts]
+            for name, to in zip(parts, objects, strict=True):
+                _compile([*_FLAGS, "-O3", "-march=native", "-c", str(HERE / name), "-o", to])
+            _compile(["-r", "-nostdlib", *objects, "-o", f"{made}/machine.o"])
+            (Path(made) / "machine.o").replace(path)
     return path
 
 

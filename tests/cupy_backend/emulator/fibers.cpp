@@ -1,11 +1,11 @@
 // See fibers.h. Fibers are switched by hand on x86-64, elsewhere by ucontext.
-#include "fibers.h"
+#include "machine.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <vector>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -13,36 +13,15 @@
 
 namespace fibers {
 
+Thread threads[MOST_THREADS];
+int thread_count, order;
+const char* failure;
+
 namespace {
 
-constexpr int STACK = 64 * 1024, MOST_THREADS = 128, WORDS = 12, GUARD = 256;
+constexpr int STACK = 64 * 1024, GUARD = 256;
 constexpr uint64_t CANARY = 0x5a5ac3c3a5a53c3cull;
 
-struct Copy {
-    void* to;
-    const void* from;
-    bool there;
-    int group;
-};
-
-struct Thread : Fiber {
-    bool done;
-    Operation waits_for;
-    uint64_t meeting;  // how many warp operations and barriers this thread has entered
-    uint32_t words[WORDS];
-    std::vector<Copy> copies;
-    int groups;
-#if defined(__x86_64__)
-    void* stack_pointer;
-#else
-    ucontext_t context;
-#endif
-    unsigned char* stack;
-};
-
-Thread threads[MOST_THREADS];
-int thread_count;
-const char* failure;
 char message[256];
 bool any_true;
 void (*entry)(const void*);
@@ -93,6 +72,10 @@ void prepare(Thread& t) {
     t.waits_for = Operation::NONE;
     t.copies.clear();
     t.groups = 0;
+    t.products.clear();
+    t.product_groups = 0;
+    t.products_open = false;
+    t.products_seen = 0;
 #if defined(__x86_64__)
     auto* top = reinterpret_cast<void**>(t.stack + STACK);
     *--top = nullptr;  // the stack of a function that was called is 8 off a multiple of 16
@@ -106,22 +89,6 @@ void prepare(Thread& t) {
     t.context.uc_link = nullptr;
     makecontext(&t.context, start, 0);
 #endif
-}
-
-void fail(const char* what, const Thread& t) {
-    if (failure == nullptr) {
-        std::snprintf(message, sizeof(message), "%s (block %d, %d, %d, thread %d)", what, block.at[0], block.at[1], block.at[2], t.index);
-        failure = message;
-    }
-}
-
-float element(uint32_t word, int half_word, bool is_half) {
-    uint16_t bits = static_cast<uint16_t>(word >> (16 * half_word));
-    if (is_half) return half_to_float(bits);
-    uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &wide, 4);
-    return x;
 }
 
 // c += a b as the tensor cores lay out their operands: words 0-3 are c, 4-7 a, 8-9 b.
@@ -180,12 +147,37 @@ void complete_warp(Thread* lanes) {
         uint32_t values[32];
         for (int l = 0; l < 32; ++l) values[l] = lanes[l].words[0];
         for (int l = 0; l < 32; ++l) lanes[l].words[0] = values[lanes[l].words[1] % 32];
+    } else if (operation == Operation::LEAST) {
+        int32_t least = INT32_MAX;
+        for (int l = 0; l < 32; ++l) least = std::min(least, static_cast<int32_t>(lanes[l].words[0]));
+        for (int l = 0; l < 32; ++l) lanes[l].words[0] = static_cast<uint32_t>(least);
+    } else if (operation == Operation::PRODUCTS) {
+        complete_products(lanes);
     } else if (operation == Operation::LOAD || operation == Operation::LOAD_TRANSPOSED) {
         load(lanes, operation == Operation::LOAD_TRANSPOSED);
     } else if (operation != Operation::MEET) {
         multiply(lanes, operation == Operation::MULTIPLY_HALF);
     }
     for (int l = 0; l < 32; ++l) lanes[l].waits_for = Operation::NONE;
+}
+
+bool of_warp(Operation operation) { return operation >= Operation::MEET && operation <= Operation::PRODUCTS; }
+
+// Threads that name the same barrier, once they are as many as they say.
+bool complete_named(int id) {
+    int waiting = 0, wanted = 0;
+    for (int i = 0; i < thread_count; ++i) {
+        Thread& t = threads[i];
+        if (t.done || t.waits_for != Operation::NAMED_BARRIER || t.barrier_id != id) continue;
+        if (wanted != 0 && wanted != t.barrier_threads) fail("threads name the same barrier and differ in how many they are", t);
+        wanted = t.barrier_threads;
+        ++waiting;
+    }
+    if (waiting == 0 || waiting < wanted) return false;
+    if (waiting > wanted) fail("more threads at a named barrier than it is for", threads[0]);
+    for (int i = 0; i < thread_count; ++i)
+        if (threads[i].waits_for == Operation::NAMED_BARRIER && threads[i].barrier_id == id) threads[i].waits_for = Operation::NONE;
+    return true;
 }
 
 bool complete_waiting() {
@@ -197,9 +189,9 @@ bool complete_waiting() {
             Thread& t = threads[w + l];
             done += t.done;
             at_barrier += !t.done && t.waits_for == Operation::BARRIER;
-            waiting += !t.done && t.waits_for != Operation::BARRIER && t.waits_for != Operation::NONE;
+            waiting += !t.done && of_warp(t.waits_for);
         }
-        if (waiting == 32) {
+        if (waiting == 32 && threads[w].waits_for != Operation::PRODUCTS) {
             complete_warp(threads + w);
             progress = true;
         }
@@ -210,10 +202,21 @@ bool complete_waiting() {
         any_true = false;
         progress = true;
     }
-    return progress;
+    for (int id = 1; id < 16; ++id) progress = complete_named(id) || progress;
+    if (progress || release_phases()) return true;
+    // Products and copies under way: as late as may be.
+    for (int w = 0; w < thread_count; w += 32) {
+        bool together = true;
+        for (int l = 0; l < 32; ++l) together = together && !threads[w + l].done && threads[w + l].waits_for == Operation::PRODUCTS;
+        if (!together) continue;
+        complete_warp(threads + w);
+        progress = true;
+    }
+    return progress || complete_copies();
 }
 
-void run_block(int order) {
+void run_block() {
+    forget_phases();
     for (int i = 0; i < thread_count; ++i) prepare(threads[i]);
     any_true = false;
     for (int finished = 0; finished < thread_count && failure == nullptr;) {
@@ -224,10 +227,32 @@ void run_block(int order) {
             to_fiber(t);
             finished += t.done;
             if (t.done && !t.copies.empty()) fail("a thread ends before its copies", t);
+            if (t.done && !t.products.empty()) fail("a thread ends before its products", t);
         }
         if (finished < thread_count && failure == nullptr && !complete_waiting())
             fail("threads wait for others that never come: a barrier or a warp operation is not reached by all", threads[0]);
     }
+}
+
+}  // namespace
+
+Fiber* current;
+Block block;
+
+void fail(const char* what, const Thread& t) {
+    if (failure == nullptr) {
+        std::snprintf(message, sizeof(message), "%s (block %d, %d, %d, thread %d)", what, block.at[0], block.at[1], block.at[2], t.index);
+        failure = message;
+    }
+}
+
+float element(uint32_t word, int half_word, bool is_half) {
+    uint16_t bits = static_cast<uint16_t>(word >> (16 * half_word));
+    if (is_half) return half_to_float(bits);
+    uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
 }
 
 Thread& wait(Operation operation) {
@@ -236,11 +261,6 @@ Thread& wait(Operation operation) {
     to_scheduler(me);
     return me;
 }
-
-}  // namespace
-
-Fiber* current;
-Block block;
 
 bool block_barrier(bool x) {
     any_true = any_true || x;
@@ -317,7 +337,7 @@ uint16_t float_to_half(float x) {
     return sign | static_cast<uint16_t>((bits >> 13) - (112u << 10));
 }
 
-const char* run(void (*kernel)(const void*), const void* argument, const int (&grid)[3], int count, int shared_bytes, int order) {
+const char* run(void (*kernel)(const void*), const void* argument, const int (&grid)[3], int count, int shared_bytes, int order_) {
     if (stacks == nullptr) {
         stacks = static_cast<unsigned char*>(std::aligned_alloc(64, static_cast<size_t>(STACK) * MOST_THREADS));
         for (int i = 0; i < MOST_THREADS; ++i) threads[i].stack = stacks + static_cast<size_t>(STACK) * i;
@@ -325,6 +345,7 @@ const char* run(void (*kernel)(const void*), const void* argument, const int (&g
     std::vector<unsigned char> memory(static_cast<size_t>(shared_bytes) + GUARD + 16);
     block.shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
     thread_count = count;
+    order = order_;
     failure = nullptr;
     entry = kernel;
     entry_argument = argument;
@@ -335,7 +356,7 @@ const char* run(void (*kernel)(const void*), const void* argument, const int (&g
             for (block.at[0] = 0; block.at[0] < grid[0]; ++block.at[0]) {
                 std::memset(block.shared, 0xff, static_cast<size_t>(shared_bytes));
                 for (int i = 0; i + 8 <= GUARD - 16; i += 8) std::memcpy(block.shared + shared_bytes + i, &CANARY, 8);
-                run_block(order);
+                run_block();
                 for (int i = 0; i + 8 <= GUARD - 16 && failure == nullptr; i += 8)
                     if (std::memcmp(block.shared + shared_bytes + i, &CANARY, 8) != 0) fail("a write past shared memory", threads[0]);
                 if (failure != nullptr) return failure;

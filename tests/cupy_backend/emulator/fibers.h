@@ -5,7 +5,23 @@
 
 namespace fibers {
 
-enum class Operation : int { NONE, MEET, BALLOT, SHUFFLE, LOAD, LOAD_TRANSPOSED, MULTIPLY_HALF, MULTIPLY_BFLOAT, BARRIER };
+enum class Operation : int {
+    NONE,
+    // of the 32 lanes of a warp
+    MEET,
+    BALLOT,
+    SHUFFLE,
+    LEAST,
+    LOAD,
+    LOAD_TRANSPOSED,
+    MULTIPLY_HALF,
+    MULTIPLY_BFLOAT,
+    PRODUCTS,
+    // of threads
+    BARRIER,
+    NAMED_BARRIER,
+    PHASE,
+};
 
 struct Fiber {
     int index;
@@ -31,6 +47,27 @@ void commit_copies();
 void wait_copies(int pending);
 float half_to_float(uint16_t x);
 uint16_t float_to_half(float x);
+
+// -- Hopper: see hopper.cpp ------------------------------------------------------------------------------------------------------
+
+// A (batch, heads, length, columns) tensor: where src/hopper.cuh has what the driver encodes.
+struct alignas(64) TensorMap {
+    const unsigned char* base;
+    int64_t lengths[4], strides[3];  // columns, length, heads, batch; bytes from one to the next, columns are contiguous
+    int32_t box[2], item_bytes, of_this_layout;
+};
+
+uint32_t shared_address(const void* p);
+void named_barrier(int id, int threads);
+void open_barrier(uint64_t* barrier, int count);
+void publish_barriers();
+void arrive(uint64_t* barrier, int bytes);
+void wait_phase(uint64_t* barrier, uint32_t parity);
+void copy_tile(void* to, const TensorMap& map, uint64_t* barrier, int column, int row, int head, int batch);
+void open_products();
+void multiply_tiles(float (&d)[64], uint64_t a, uint64_t b, bool add, bool half);
+void commit_products();
+void wait_products(int pending);
 
 // Runs `kernel(argument)` for every block of a grid. `order` chooses in which order fibers take turns: results must not depend on it.
 // Returns an error message, or null.

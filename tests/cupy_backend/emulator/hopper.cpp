@@ -1,0 +1,228 @@
+// Hopper's machine: barriers with phases, copies by tensor maps, products of a warpgroup. See fibers.h.
+//
+// A copy happens when every thread waits for others, as late as it may, or at once where `order` is 1, as early as it may. A product
+// reads shared memory when it is waited for; until then its sums are NaN. Tiles lie swizzled, and are read through their descriptors.
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "machine.h"
+
+namespace fibers {
+
+namespace {
+
+struct CopyTile {
+    unsigned char* to;
+    const TensorMap* map;
+    int at[4];  // column, row, head, batch
+};
+
+struct Phases {
+    int count, pending;
+    int64_t bytes;  // announced and not yet here
+    uint32_t ended;
+    bool published;
+    std::vector<CopyTile> copies;
+};
+
+constexpr uint32_t WINDOW = 1040;  // where shared memory starts among its addresses: no multiple of what tiles are aligned to
+std::map<uint64_t*, Phases> phases;
+std::map<int, std::vector<std::pair<uint64_t, uint64_t>>> sequences;  // of each warpgroup's products, as its first warp has them
+
+Thread& me() { return *static_cast<Thread*>(current); }
+
+// Where the bytes of a tile lie: bits 4 to 6 of the address, changed by bits 7 to 9.
+unsigned char* swizzled(uint32_t address) { return block.shared + ((address ^ (address >> 7 & 7) << 4) - WINDOW); }
+
+void copy(const CopyTile& tile) {
+    const TensorMap& map = *tile.map;
+    uint32_t to = shared_address(tile.to);
+    for (int row = 0; row < map.box[1]; ++row)
+        for (int column = 0; column < map.box[0]; ++column, to += static_cast<uint32_t>(map.item_bytes)) {
+            int at[4] = {tile.at[0] + column, tile.at[1] + row, tile.at[2], tile.at[3]};
+            bool inside = true;
+            int64_t offset = static_cast<int64_t>(at[0]) * map.item_bytes;
+            for (int i = 0; i < 4; ++i) inside = inside && at[i] >= 0 && at[i] < map.lengths[i];
+            for (int i = 0; i < 3; ++i) offset += at[i + 1] * map.strides[i];
+            if (inside)
+                std::memcpy(swizzled(to), map.base + offset, static_cast<size_t>(map.item_bytes));
+            else
+                std::memset(swizzled(to), 0, static_cast<size_t>(map.item_bytes));
+        }
+}
+
+bool end_phase(Phases& barrier) {
+    if (barrier.pending != 0 || barrier.bytes != 0) return false;
+    barrier.pending = barrier.count;
+    ++barrier.ended;
+    return true;
+}
+
+void take(Phases& barrier, const CopyTile& tile) {
+    copy(tile);
+    barrier.bytes -= static_cast<int64_t>(tile.map->box[0]) * tile.map->box[1] * tile.map->item_bytes;
+}
+
+Phases& find(uint64_t* barrier) {
+    auto found = phases.find(barrier);
+    if (found == phases.end()) {
+        fail("a barrier that was not opened", me());
+        return phases[barrier];
+    }
+    if (!found->second.published) fail("a barrier that was not published", me());
+    return found->second;
+}
+
+// 16 columns of `rows` rows that a descriptor names.
+void load(float* to, uint64_t descriptor, int first, int rows, bool half, const Thread& t) {
+    uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4, group = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("a descriptor of another layout than 128 swizzled bytes a row", t);
+    if (group % 1024 != 0 || start / 128 % 8 != 0 || start % 128 % 32 != 0) fail("a descriptor whose tile is not aligned", t);
+    for (int i = 0; i < rows; ++i) {
+        uint32_t row = static_cast<uint32_t>(first + i);
+        for (uint32_t e = 0; e < 16; ++e) {
+            uint16_t bits;
+            std::memcpy(&bits, swizzled(start + row / 8 * group + row % 8 * 128 + e * 2), 2);
+            to[i * 16 + static_cast<int>(e)] = element(bits, 0, half);
+        }
+    }
+}
+
+}  // namespace
+
+void forget_phases() {
+    phases.clear();
+    sequences.clear();
+}
+
+// Threads whose phase has ended.
+bool release_phases() {
+    bool progress = false;
+    for (int i = 0; i < thread_count; ++i) {
+        Thread& t = threads[i];
+        if (t.done || t.waits_for != Operation::PHASE || (phases[t.phase_of].ended & 1) == t.parity) continue;
+        t.waits_for = Operation::NONE;
+        progress = true;
+    }
+    return progress;
+}
+
+bool complete_copies() {
+    for (auto& [at, barrier] : phases) {
+        if (barrier.pending != 0 || barrier.copies.empty()) continue;
+        for (const CopyTile& tile : barrier.copies) take(barrier, tile);
+        barrier.copies.clear();
+        if (!end_phase(barrier)) fail("copies brought other numbers of bytes than were announced", threads[0]);
+        if (release_phases()) return true;
+    }
+    return false;
+}
+
+// The products of a warp's own 16 rows.
+void complete_products(Thread* lanes) {
+    auto left = static_cast<int>(lanes[0].words[0]);
+    size_t count = 0;
+    while (count < lanes[0].products.size() && lanes[0].products[count].group < lanes[0].product_groups - left) ++count;
+    int warp = lanes[0].index / 32, first = warp % 4 * 16;
+    auto& sequence = sequences[warp / 4];
+    std::vector<float> a(16 * 16), b(128 * 16), sums(16 * 128);
+    for (size_t i = 0; i < count; ++i) {
+        const Product& product = lanes[0].products[i];
+        for (int l = 0; l < 32; ++l) {
+            const Thread& t = lanes[l];
+            if (t.products.size() <= i || t.products[i].a != product.a || t.products[i].b != product.b || t.words[0] != lanes[0].words[0])
+                return fail("lanes of a warp differ in their products", t);
+        }
+        size_t seen = lanes[0].products_seen++;
+        if (seen == sequence.size()) sequence.emplace_back(product.a, product.b);
+        if (sequence[seen] != std::make_pair(product.a, product.b)) return fail("warps of a warpgroup differ in their products", lanes[0]);
+        load(a.data(), product.a, first, 16, product.half, lanes[0]);
+        load(b.data(), product.b, 0, 128, product.half, lanes[0]);
+        for (int m = 0; m < 16; ++m)
+            for (int n = 0; n < 128; ++n) {
+                float sum = 0.f;
+                for (int k = 0; k < 16; ++k) sum += a[static_cast<size_t>(m * 16 + k)] * b[static_cast<size_t>(n * 16 + k)];
+                sums[static_cast<size_t>(m * 128 + n)] = sum;
+            }
+        for (int l = 0; l < 32; ++l) {
+            const Product& mine = lanes[l].products[i];
+            // What an earlier product of the same sums left, unless that was waited for before this one was issued.
+            bool chained = false;
+            for (size_t j = 0; j < i; ++j) chained = chained || lanes[l].products[j].d == mine.d;
+            for (int j = 0; j < 64; ++j) {
+                float before = !mine.add ? 0.f : chained ? mine.d[j] : mine.before[j];
+                mine.d[j] = before + sums[static_cast<size_t>((l / 4 + j / 2 % 2 * 8) * 128 + j / 4 * 8 + l % 4 * 2 + j % 2)];
+            }
+        }
+    }
+    for (int l = 0; l < 32; ++l) lanes[l].products.erase(lanes[l].products.begin(), lanes[l].products.begin() + static_cast<long>(count));
+}
+
+uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - block.shared) + WINDOW;
+}
+
+void named_barrier(int id, int count) {
+    if (id < 1 || id > 15 || count % 32 != 0) fail("a named barrier is one of 1 to 15, for whole warps", me());
+    me().barrier_id = id;
+    me().barrier_threads = count;
+    wait(Operation::NAMED_BARRIER);
+}
+
+void open_barrier(uint64_t* barrier, int count) {
+    if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) fail("a barrier is not aligned", me());
+    phases[barrier] = {count, count, 0, 0, false, {}};
+}
+
+void publish_barriers() {
+    for (auto& [at, barrier] : phases) barrier.published = true;
+}
+
+void arrive(uint64_t* at, int bytes) {
+    Phases& barrier = find(at);
+    if (barrier.pending == 0) return fail("more arrivals than a phase counts", me());
+    barrier.bytes += bytes;
+    --barrier.pending;
+    end_phase(barrier);
+}
+
+void wait_phase(uint64_t* at, uint32_t parity) {
+    if ((find(at).ended & 1) != parity) return;
+    me().phase_of = at;
+    me().parity = parity;
+    wait(Operation::PHASE);
+}
+
+void copy_tile(void* to, const TensorMap& map, uint64_t* at, int column, int row, int head, int batch) {
+    Phases& barrier = find(at);
+    if (shared_address(to) % 1024 != 0) fail("a tile is not aligned to 1024 bytes", me());
+    if (map.box[0] * map.item_bytes != 128 || map.of_this_layout != 1) fail("a map whose rows are not 128 bytes", me());
+    CopyTile tile{static_cast<unsigned char*>(to), &map, {column, row, head, batch}};
+    if (order != 1) return barrier.copies.push_back(tile);
+    take(barrier, tile);
+    end_phase(barrier);
+}
+
+void open_products() { me().products_open = true; }
+
+void multiply_tiles(float (&d)[64], uint64_t a, uint64_t b, bool add, bool half) {
+    Thread& t = me();
+    if (!t.products_open) fail("products without a fence after sums were touched", t);
+    Product product{d, a, b, add, half, t.product_groups, {}};
+    std::memcpy(product.before, d, sizeof(product.before));
+    t.products.push_back(product);
+    std::memset(d, 0xff, sizeof(product.before));
+}
+
+void commit_products() { ++me().product_groups; }
+
+void wait_products(int pending) {
+    Thread& t = me();
+    t.words[0] = static_cast<uint32_t>(pending);
+    wait(Operation::PRODUCTS);
+    t.products_open = false;
+}
+
+}  // namespace fibers
