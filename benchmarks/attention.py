@@ -3,6 +3,7 @@
     python benchmarks/attention.py [--captured work.safetensors] [--encoder mini.safetensors] [--only NAME ...] [--json out.json]
     python benchmarks/attention.py --lengths [256 1024 ...] --json out.json      time against length, for the plot
     python benchmarks/attention.py --peer --only NAME ... --json out.json        the adasplash package, with softmax and ours beside it
+    python benchmarks/attention.py --also cupy ...                               other backends of ours as columns of their own
 
 Ours is the public ``attention(..., backend="auto")`` with autograd, so dispatch, allocation and list building are inside the timing.
 ``--captured`` takes a causal model's file from ``adasplash capture``: its first layer, and two heads of each other layer, make a row
@@ -18,7 +19,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -163,6 +164,11 @@ def competitors(causal: bool, alpha: float) -> dict[str, Call]:
     }
 
 
+def others(names: Sequence[str], causal: bool, alpha: float) -> dict[str, Call]:
+    """Backends of ours by name, beside the one that ``auto`` takes."""
+    return {name: partial(attention, is_causal=causal, alpha=alpha, backend=name) for name in names}
+
+
 def adasplash_call(causal: bool, niter: int | None = None) -> Call:
     """The peer as its users call it; its older kernels where the call is not causal."""
     if HERE.device == "cpu":
@@ -251,8 +257,8 @@ def errors(calls: dict[str, Call], tensors: Tensors, causal: bool) -> dict[str, 
 # -- runs -----------------------------------------------------------------------------------------------------------------------
 
 
-def run_case(case: Case) -> dict[str, Any]:
-    tensors, calls = case.build(), competitors(case.causal, case.alpha)
+def run_case(case: Case, also: Sequence[str] = ()) -> dict[str, Any]:
+    tensors, calls = case.build(), competitors(case.causal, case.alpha) | others(also, case.causal, case.alpha)
     output = tensors[0].numel() * tensors[0].element_size()
     row: dict[str, Any] = {
         "name": case.name,
@@ -359,6 +365,7 @@ def main() -> None:
     parser.add_argument("--encoder", help="file of an encoder, from `adasplash capture`")
     parser.add_argument("--only", nargs="*", help="rows whose name contains one of these")
     parser.add_argument("--lengths", nargs="*", type=int, help="time against length instead; without numbers: 256 to 65536")
+    parser.add_argument("--also", nargs="*", default=(), metavar="BACKEND", help="time these backends too")
     parser.add_argument("--peer", action="store_true", help="time the adasplash package, and compare errors")
     parser.add_argument(
         "--limit", type=float, default=500.0, help="seconds after which no further row is started (%(default)s)"
@@ -394,7 +401,7 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
         if arguments.only and not any(word in case.name for word in arguments.only):
             continue
         if not arguments.peer:
-            row = run_case(case)
+            row = run_case(case, arguments.also)
             yield "rows", row, text_of(row)
         elif case.alpha == 1.5:
             row = run_peer(case)

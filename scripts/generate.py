@@ -20,8 +20,9 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS = ROOT / "docs" / "_generated" / "solver_iterations.md"
 REFERENCE_RESULTS = ROOT / "benchmarks" / "results" / "reference_cpu.json"
-ATTENTION_RESULTS = ROOT / "benchmarks" / "results" / "attention_h100.json"
-TRANSFORM_RESULTS = ROOT / "benchmarks" / "results" / "transforms_h100.json"
+ATTENTION_RESULTS = ROOT / "benchmarks" / "results" / "attention_h200.json"
+KERNEL_RESULTS = ROOT / "benchmarks" / "results" / "kernels_h200.json"
+TRANSFORM_RESULTS = ROOT / "benchmarks" / "results" / "transforms_h200.json"
 
 
 def main() -> int:
@@ -166,6 +167,8 @@ def attention_table() -> str:
     peers = any("peer" in row for row in measured)
     columns = ["input", "ours, ms", "cuDNN softmax, ms", "cuDNN's time / ours", "forward alone"]
     columns += ["adasplash's time / ours"] if peers else []
+    cuda = any("cupy" in row["times"] for row in measured)
+    columns += ["`cupy`, ms", "cuDNN's time / `cupy`"] if cuda else []
     rows = []
     for row in measured:
         ours, cudnn = row["times"]["ours"], row["times"]["cudnn"]
@@ -177,12 +180,70 @@ def attention_table() -> str:
         cells += [f"{both(cudnn) / both(ours):.2f}x", f"{cudnn['forward'] / ours['forward']:.2f}x"]
         if peers:
             cells.append(peer_ratio(row["peer"]) if "peer" in row else "-")
+        if cuda:
+            found = row["times"].get("cupy")
+            cells += [pair(found), f"{both(cudnn) / both(found):.2f}x"] if found else ["-", "-"]
         rows.append(cells)
         if graphs := row.get("graphs"):
             times = [f"{graphs['ours']:.2f}", f"{graphs['cudnn']:.2f}", f"{graphs['cudnn'] / graphs['ours']:.2f}x"]
-            rows.append([f"{row['name']}, as a CUDA graph", *times, "-", *(["-"] if peers else [])])
+            cells = [f"{row['name']}, as a CUDA graph", *times]
+            rows.append(cells + ["-"] * (len(columns) - len(cells)))
     where = f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}; {machine['date']}"
     return f"Medians, forward + backward ({where}).\n\n" + table(columns, rows, right=range(1, len(columns)))
+
+
+def attention_details() -> str:
+    """Every row of the same results: what was wanted, memory, the peer's times and the CUDA backend's."""
+    report: dict[str, Any] = json.loads(ATTENTION_RESULTS.read_text(encoding="utf-8"))
+    columns = ["input", "ours", "cuDNN", "FlashAttention-2", "cuDNN / ours", "wanted", "forward alone"]
+    columns += ["`adasplash`", "`adasplash` / ours", "wanted", "CuPy", "CuPy / ours", "peak forward / (q+k+v+o)"]
+    rows = []
+    for row in report["rows"]:
+        times = row["times"]
+        cells = [row["name"], *(pair(times[name]) for name in ("ours", "cudnn", "flash2"))]
+        cells += [f"{both(times['cudnn']) / both(times['ours']):.2f}x", wanted(row["target"])]
+        cells.append(f"{times['cudnn']['forward'] / times['ours']['forward']:.2f}x")
+        peer = row.get("peer")
+        cells += [pair(peer["times"]["adasplash"]), peer_ratio(peer), wanted(peer["target"])] if peer else ["-"] * 3
+        cupy = times.get("cupy")
+        cells += [pair(cupy), f"{both(cupy) / both(times['ours']):.2f}x"] if cupy else ["-"] * 2
+        cells.append(f"{times['ours']['peak_forward'] / row['input_bytes']:.2f}")
+        rows.append(cells)
+        if graphs := row.get("graphs"):
+            ours, cudnn = graphs["ours"], graphs["cudnn"]
+            cells = [
+                f"{row['name']}, as a CUDA graph",
+                f"{ours:.2f}",
+                f"{cudnn:.2f}",
+                "-",
+                f"{cudnn / ours:.2f}x",
+                wanted(row["target"]),
+            ]
+            rows.append(cells + ["-"] * (len(columns) - len(cells)))
+    return table(columns, rows, right=range(1, len(columns)))
+
+
+def kernel_table() -> str:
+    """Milliseconds a kernel of each workload and backend."""
+    report: dict[str, Any] = json.loads(KERNEL_RESULTS.read_text(encoding="utf-8"))
+    used = [name for name in dict.fromkeys(k for row in report["rows"] for k in row["ms"]) if name != "other"]
+    columns = ["input", "backend", "all", *(name.replace("_", " ") for name in used), "other"]
+    rows = []
+    for row in report["rows"]:
+        cells = [f"{row['ms'][name]:.3f}" if name in row["ms"] else "" for name in (*used, "other")]
+        rows.append([row["name"], row["backend"], f"{sum(row['ms'].values()):.2f}", *cells])
+    return table(columns, rows, right=range(2, len(columns)))
+
+
+def pair(times: dict[str, float]) -> str:
+    """Forward + backward in ms."""
+    return f"{times['forward']:.2f} + {times['backward']:.2f}"
+
+
+def wanted(target: str) -> str:
+    """A target such as 3.0 or 1/1.5 as a ratio."""
+    above, _, below = target.partition("/")
+    return f"{float(above) / float(below or 1):.2f}x" if target else "-"
 
 
 def both(times: dict[str, float]) -> float:
@@ -209,7 +270,8 @@ def transform_table() -> str:
         cells += [f"{both(row['times'][name]) / both(ours):.1f}x" if name in row["times"] else "-" for name in others]
         rows.append(cells)
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "entmax", "adasplash"))
-    text = f"Forward + backward, medians ({machine['gpu']}; {versions}; {machine['date']}), by {how}; a copy reads and writes once."
+    text = f"Forward + backward, medians ({machine['gpu']}; {versions}; {machine['date']}), by {how}; a copy reads and writes once. "
+    text += "Where a package has no ratio, it failed: `adasplash.triton_entmax` does not compile for bfloat16."
     columns = ["input", "ours, ms", "forward / copy", *(f"{name}'s time / ours" for name in others)]
     return f"{text}\n\n" + table(columns, rows, right=range(1, len(columns)))
 
@@ -224,6 +286,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "commands": command_reference,
     "benchmark": benchmark_table,
     "attention": attention_table,
+    "attention-details": attention_details,
+    "kernels": kernel_table,
     "transforms": transform_table,
     "iterations": iterations_table,
 }

@@ -137,7 +137,7 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
         config = replace(config, keys=16)
     if device.capability == (9, 0) and takes_marking(spec):
         stages = 6 if padded(spec.head_dim) <= 64 else 4
-        config = replace(config, mark_groups=2, mark_stages=stages, mark_split=2, mark_subtract=1, mark_ahead=0, mark_sample=32)
+        config = replace(config, mark_groups=2, mark_stages=stages, mark_split=2, mark_subtract=1, mark_ahead=0)
     if not wide and width <= 128 and device.shared_memory >= 200 * 1024:
         # Room for three programs of forward_lists a multiprocessor, and two of forward_dense.
         config = replace(config, stages=3, dense_stages=5 if width <= 64 else 4)
@@ -204,7 +204,7 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
 
 def _markings(base: ForwardConfig) -> Iterator[ForwardConfig]:
     yield replace(base, mark_groups=0)
-    for sample, worth in ((8, 2.5), (16, 2.5), (32, 1.5), (32, 4.0)):
+    for sample, worth in ((8, 2.5), (32, 2.5), (16, 1.5), (16, 4.0)):
         yield replace(base, mark_sample=sample, mark_worth=worth)
     yield replace(base, mark_follow=0, mark_sample=8)
     for subtract, ahead in ((1, 1), (0, 1), (0, 2)):

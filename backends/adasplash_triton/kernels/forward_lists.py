@@ -25,7 +25,7 @@ from adasplash_triton.kernels.primitives import (
 
 LENGTHS = ("out_head", "out_row", "q_len", "kv_len", "q_blocks", "spread", "pool_size", "shift", "left", "right", "mask_batch",
            "slopes_batch", "heads", "group", "keep_from")  # fmt: skip
-LONG_TILES = tl.constexpr(8)
+LONG_TILES = tl.constexpr(12)
 """Lists of more tiles are swept again."""
 
 
@@ -63,6 +63,7 @@ def forward_lists_kernel(
             sweeps = 0
             worth = count > BS
             while worth & (sweeps < SWEEPS):
+                before = count
                 first, last = whole_entries(list_, count, lo, hi, BK)
                 f, s = sweep(
                     q, keys_ptr, list_, count, first, last, k_stride, lo, hi, diag, m, c, margin, h, x_scale, slope,
@@ -71,8 +72,8 @@ def forward_lists_kernel(
                 count = collect_marked(list_, count, list_, 1024)
                 c = tl.where((f > 1.0) & (f < float("inf")), newton_step(c, f, s, h, ALPHA), c)
                 sweeps += 1
-                # A long list shrinks to less than half each time. A shorter one is better solved, unless it may come to fit.
-                worth = (count > BS) & ((count > LONG_TILES * BK) | (count <= 2 * BS))
+                # Long lists shrink to half or less each time. A shorter one is better solved, unless it may come to fit.
+                worth = (count > BS) & (count * 8 <= before * 7) & ((count > LONG_TILES * BK) | (count <= 2 * BS))
             low, _, _, end = block_range(lo, hi, 1)
             if count > tl.maximum((end - low) // 100 * DENSE_PERCENT, LEAST):
                 tl.store(ENTRIES + at + 1, -1)
