@@ -123,7 +123,7 @@ class MarkInstance(Instance):
     def shared_bytes(self) -> int:
         buffers, queries = 2 if self.head_dim <= 64 else 1, 128 * self.groups
         tiles = (buffers * self.groups + self.stages) * 128 * self.head_dim * 2
-        barriers = (2 * buffers + 2 * self.stages + 4 + self.groups) * 8
+        barriers = (2 * buffers + 2 * self.stages + 2 + self.groups) * 8
         tiles += self.subtract * 128 * 128
         return 1024 + tiles + barriers + (4 * buffers + 1) * queries * 4 + 2 * (6 + 6 * self.groups) * 4
 

@@ -383,7 +383,7 @@ forward_mark(PARAMS p, TENSOR_MAP q_map, TENSOR_MAP k_map) {
         ptx::prefetch(k_map);
         for (int i = 0; i < S::BUFFERS; ++i) ptx::open_barrier(shared.q_full + i, 1), ptx::open_barrier(shared.q_empty + i, 4 * S::WARPGROUPS);
         for (int i = 0; i < S::STAGES; ++i) ptx::open_barrier(shared.k_full + i, 1), ptx::open_barrier(shared.k_empty + i, 4 * S::WARPGROUPS);
-        for (int i = 0; i < 2; ++i) ptx::open_barrier(shared.marks_full + i, 4 * S::WARPGROUPS), ptx::open_barrier(shared.marks_empty + i, S::LISTERS);
+        for (int i = 0; i < 2; ++i) ptx::open_barrier(shared.marks_full + i, 4 * S::WARPGROUPS);
         for (int i = 0; i < S::GROUPS; ++i) ptx::open_barrier(shared.turns + i, 4);
         ptx::publish_barriers();
     }

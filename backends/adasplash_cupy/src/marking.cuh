@@ -45,7 +45,7 @@ struct MarkTiles {
     int *lo, *hi;           // BUFFERS x QUERIES
     int* top;               // QUERIES: the largest scale * s - T since T rose last, as the bits of a float that is not negative
     Item<S>* items;         // 2
-    u64 *q_full, *q_empty, *k_full, *k_empty, *marks_full, *marks_empty, *turns;
+    u64 *q_full, *q_empty, *k_full, *k_empty, *marks_full, *turns;
 
     DEVICE MarkTiles() {
         u8* at = ptx::shared_memory();
@@ -58,7 +58,6 @@ struct MarkTiles {
         at = take(at, k_full, S::STAGES);
         at = take(at, k_empty, S::STAGES);
         at = take(at, marks_full, 2);
-        at = take(at, marks_empty, 2);
         at = take(at, turns, S::GROUPS);
         at = take(at, start, S::BUFFERS * S::QUERIES);
         at = take(at, below, S::BUFFERS * S::QUERIES);
@@ -68,7 +67,7 @@ struct MarkTiles {
         take(at, items, 2);
     }
     DEVICE static constexpr int bytes() {
-        return 1024 + (S::BUFFERS * S::GROUPS + S::STAGES) * S::SIZE * 2 + (S::SUBTRACT ? 128 * 128 : 0) + (2 * S::BUFFERS + 2 * S::STAGES + 4 + S::GROUPS) * 8 +
+        return 1024 + (S::BUFFERS * S::GROUPS + S::STAGES) * S::SIZE * 2 + (S::SUBTRACT ? 128 * 128 : 0) + (2 * S::BUFFERS + 2 * S::STAGES + 2 + S::GROUPS) * 8 +
                (4 * S::BUFFERS + 1) * S::QUERIES * 4 + 2 * static_cast<int>(sizeof(Item<S>));
     }
     // Columns 16 `place` ... of a row of `parts`.
@@ -91,6 +90,13 @@ struct Place {
 };
 
 DEVICE int least(int a, int b) { return a < b ? a : b; }
+
+// The copying warp meets the listing warps once an item's last keys are asked for and the lists of the item before are written, whose place
+// in `items` is free then. A named barrier: racecheck reported the same order, kept by barriers in shared memory, as a race.
+template <class S>
+DEVICE void hand_back() {
+    ptx::sync_some(1 + S::GROUPS, 32 * (1 + S::LISTERS));
+}
 
 // -- the copying warp -----------------------------------------------------------------------------------------------------------
 
@@ -155,14 +161,13 @@ DEVICE void supply(const Params& p, const ptx::TensorMap& q_map, const ptx::Tens
     Place<S::BUFFERS> q;
     Place<S::STAGES> k;
     Place<2> mark;
-    for (;;) {
+    for (bool first = true;; first = false) {
         u64 next = lane() == 0 ? ptx::fetch_add(p.counters + 2, 1) : 0;
         i64 at = static_cast<i64>(static_cast<u64>(ptx::shuffle(static_cast<u32>(next >> 32), 0)) << 32 | ptx::shuffle(static_cast<u32>(next), 0));
         bool last = at >= items;
         // In a few heads at a time, the longest rows of a causal mask first.
         int turn = static_cast<int>(at / (static_cast<i64>(p.heads_together) * blocks)) * p.heads_together;
         int heads = least(p.heads_together, all - turn), of_turn = static_cast<int>(at - static_cast<i64>(turn) * blocks);
-        ptx::wait(shared.marks_empty + mark.at, mark.parity ^ 1);
         ptx::wait(shared.q_empty + q.at, q.parity ^ 1);
         Item<S>& item = shared.items[mark.at];
         if (lane() == 0) {
@@ -194,6 +199,7 @@ DEVICE void supply(const Params& p, const ptx::TensorMap& q_map, const ptx::Tens
             }
         }
         ptx::sync_warp();
+        if (!first) hand_back<S>();
         if (last) break;
         q.next();
         mark.next();
@@ -264,7 +270,6 @@ DEVICE void write_lists(const Params& p, const MarkTiles<S>& shared, const u32* 
         for (int block = warp() - 1; block < S::BLOCKS; block += S::LISTERS)
             if (item.block * S::BLOCKS + block < p.q_blocks)
                 write_list(p, item, hits + static_cast<i64>(mark.at * S::GROUPS + block / 2) * p.hit_words, block);
-        ptx::sync_warp();
-        if (lane() == 0) ptx::arrive(shared.marks_empty + mark.at);
+        hand_back<S>();
     }
 }
