@@ -78,6 +78,11 @@ def _bytes_per_row(spec: AttentionSpec) -> int:
     return _padded(max(spec.head_dim, spec.head_dim_v)) * _itemsize(spec)
 
 
+def _too_large(shared_bytes: int, device: DeviceInfo) -> bool:
+    """More shared memory than a block may have, where that is known."""
+    return 0 < device.shared_memory < shared_bytes
+
+
 def _itemsize(spec: AttentionSpec) -> int:
     return 4 if spec.dtype == "float32" else 2
 
@@ -149,6 +154,8 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
         return
     for blocks, keys, warps in ((1, 64, 4), (1, 128, 4), (2, 64, 4), (2, 128, 8)):
         for stages in (2, 3, 4):
+            if _too_large((LIST_ROWS * blocks + keys * stages) * _bytes_per_row(spec), device):
+                continue
             for registers in (0, 168):
                 yield replace(
                     base,
@@ -180,6 +187,9 @@ def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[Backward
     base = default_backward(spec, device)
     for block_k in (16, 32, 64):
         for stages in (1, 2, 3):
+            # Two blocks of rows, K and V of each stage, and what products take from shared memory.
+            if _too_large((2 * LIST_ROWS + (2 * stages + 3) * block_k) * _bytes_per_row(spec), device):
+                continue
             for warps in (4, 8):
                 yield replace(base, block_k=block_k, num_stages=stages, num_warps=warps)
     for block_d in (32, 64, 128):
