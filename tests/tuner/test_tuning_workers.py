@@ -182,7 +182,9 @@ def test_what_identical_devices_find_is_one_result(store: TuningStore, site: Pat
 
 
 def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(store: TuningStore, site: Path) -> None:
-    command = [*tune_command("--shapes", "B=1,H=2,L=256,D=16,float32"), "--backend", "torch", "--budget", "120s"]
+    # The second shape's search takes longer than the signal: a loaded machine once ended the first before it came.
+    shapes = ("--shapes", "B=1,H=2,L=256,D=16,float32", "--shapes", "B=1,H=4,L=1024,D=16,float32")
+    command = [*tune_command(*shapes), "--backend", "torch", "--budget", "120s"]
     running = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
