@@ -1,0 +1,52 @@
+"""Tables of what examples/evidence/ measured, from ``benchmarks/results/``: read by generate.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+EXPERIMENTS = {
+    "language_modelling_124m_4096": "A GPT-2-class model from scratch, {context} tokens",
+    "language_modelling_124m_1024": "A GPT-2-class model from scratch, {context} tokens",
+    "continued_training_8192": "SmolLM2-135M goes on training on news, {context} tokens",
+    "classification_512": "20 Newsgroups with MiniLM, {context} tokens",
+    "classification_4096": "20 Newsgroups with MiniLM, documents joined to {context} tokens",
+    "retrieval_minilm": "News articles by their titles, MiniLM, {context} tokens",
+    "retrieval_modernbert": "News articles by their titles, a ModernBERT-class encoder from scratch, {context} tokens",
+}
+"""Results' files, without the card, and what was done."""
+
+
+def evidence() -> str:
+    """Every experiment that has results: a heading, how it was measured, its table."""
+    return "\n\n".join(part for name, title in EXPERIMENTS.items() for part in experiment(name, title))
+
+
+def experiment(name: str, title: str) -> Iterator[str]:
+    for path in sorted(RESULTS.glob(f"{name}_*.json")):
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        machine, settings = found["machine"], found["settings"]
+        versions = ", ".join(f"{package} {machine['versions'][package]}" for package in ("torch", "triton", "transformers"))
+        yield f"### {title.format(context=settings['context'])}"
+        yield (
+            f"{machine['device']}; {versions}; {machine['date']}; {found['seconds']:.0f} s in all, by `{machine['command']}`; "
+            f"`benchmarks/results/{path.name}`."
+        )
+        yield markdown(found["table"])
+        if found["not run"]:
+            yield "Not run: " + "; ".join(f"{variant} ({reason})" for variant, reason in found["not run"].items()) + "."
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    columns = list(rows[0])
+    right = {c for c in columns if any(isinstance(row[c], int | float) or _is_number(row[c]) for row in rows)}
+    cells = [["-" if row[c] is None else str(row[c]) for c in columns] for row in rows]
+    lines = [columns, ["--:" if c in right else "---" for c in columns], *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _is_number(cell: Any) -> bool:
+    return isinstance(cell, str) and cell.split(" ± ")[0].replace(".", "", 1).isdigit()
