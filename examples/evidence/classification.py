@@ -27,7 +27,7 @@ import numpy as np
 import texts
 import torch
 from report import machine, save, spread, table
-from training import CALIBRATION_STEPS, Budget, Run, autocast, calibrate, free, optimize, seconds_of
+from training import CALIBRATION_STEPS, Budget, Run, autocast, calibrate, each, optimize, seconds_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -82,7 +82,7 @@ class Experiment:
             self.options.model, AutoModelForSequenceClassification, num_labels=len(self.data["names"]), dtype=torch.float32
         )
         model = encoders.longer(loaded, self.options.context).to(self.device).train()
-        schedule = hf.use(model, variant, steps)
+        schedule = hf.use(model, variant, steps if evaluate else 2 * steps)  # timed while alpha rises
         run, order = Run(variant, seed), np.random.default_rng(seed)
 
         def batch() -> list[Callable[[], torch.Tensor]]:
@@ -158,14 +158,11 @@ def main() -> int:
     steps = options.steps or budget.steps(times.values(), options.seeds, 2, share=0.75)
     print(f"{steps} steps of {options.batch} documents, {steps / experiment.steps_an_epoch:.1f} epochs", flush=True)
     runs: list[Run] = []
-    for seed in range(options.seeds):
-        for variant in times:
-            if budget.spent:
-                skipped[f"{variant}, seed {seed}"] = "the budget ended"
-                continue
-            runs.append(run := experiment.run(variant, seed, steps, budget.deadline))
-            print(f"{variant}, seed {seed}: F1 {100 * run.curve[-1]['macro_f1']:.2f}{' (cut)' * run.cut}", flush=True)
-            free()
+    for run in each(
+        budget, options.seeds, times, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
+    ):
+        runs.append(run)
+        print(f"{run.variant}, seed {run.seed}: F1 {100 * run.curve[-1]['macro_f1']:.2f}{' (cut)' * run.cut}", flush=True)
     if not runs:
         sys.exit("The budget ended before the first variant began.")
     rows = []

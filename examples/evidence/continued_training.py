@@ -24,7 +24,7 @@ import numpy as np
 import texts
 import torch
 from report import machine, save, spread, table
-from training import CALIBRATION_STEPS, Budget, Run, Sequences, autocast, calibrate, free, optimize, seconds_of
+from training import CALIBRATION_STEPS, Budget, Run, Sequences, autocast, calibrate, each, optimize, seconds_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EVALUATIONS = 4
@@ -58,7 +58,7 @@ class Experiment:
     def run(self, variant: str, seed: int, steps: int, deadline: float, *, evaluate: bool = True) -> Run:
         torch.manual_seed(seed)
         model = copy.deepcopy(self.model).to(self.device)
-        schedule = hf.use(model, variant, steps)
+        schedule = hf.use(model, variant, steps if evaluate else 2 * steps)  # timed while alpha rises
         run, batches = Run(variant, seed), np.random.default_rng(seed)
         if evaluate:
             run.curve.append(self.evaluate(model, 0, entmax=variant != "softmax"))
@@ -158,15 +158,13 @@ def main() -> int:
     steps = options.steps or budget.steps(times.values(), options.seeds, EVALUATIONS, share=0.75)
     print(f"{steps} steps of {experiment.train.sequences} x {options.context} tokens", flush=True)
     runs: list[Run] = []
-    for seed in range(options.seeds):
-        for variant in times:
-            if budget.spent:
-                skipped[f"{variant}, seed {seed}"] = "the budget ended"
-                continue
-            runs.append(run := experiment.run(variant, seed, steps, budget.deadline))
-            before, after = (run.curve[i]["validation_loss"] for i in (0, -1))
-            print(f"{variant}, seed {seed}: {before:.3f}, after {run.steps} steps {after:.3f}{' (cut)' * run.cut}", flush=True)
-            free()
+    for run in each(
+        budget, options.seeds, times, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
+    ):
+        runs.append(run)
+        before, after = (run.curve[i]["validation_loss"] for i in (0, -1))
+        cut = " (cut)" * run.cut
+        print(f"{run.variant}, seed {run.seed}: {before:.3f}, after {run.steps} steps {after:.3f}{cut}", flush=True)
     if not runs:
         sys.exit("The budget ended before the first variant began.")
     rows = rows_of(runs)

@@ -28,7 +28,7 @@ import torch
 from models import Decoder, Size, adasplash_022, dense_entmax, entmax_attention, other_attention, softmax
 from report import machine, save, spread, table
 from torch import nn
-from training import CALIBRATION_STEPS, Budget, Run, Sequences, autocast, calibrate, free, optimize, seconds_of
+from training import CALIBRATION_STEPS, Budget, Run, Sequences, autocast, calibrate, each, optimize, seconds_of
 
 from adasplash_core.nn import AlphaSchedule
 
@@ -62,7 +62,8 @@ class Experiment:
     def run(self, variant: str, seed: int, steps: int, deadline: float, *, evaluate: bool = True) -> Run:
         torch.manual_seed(seed)
         model = Decoder(self.size, VARIANTS[variant][1]).to(self.device)
-        schedule = AlphaSchedule(model, max(int(ANNEALED_SHARE * steps), 1)) if variant == "annealed" else None
+        rise = int(ANNEALED_SHARE * steps) if evaluate else steps  # timed while alpha rises: above 1 it costs most
+        schedule = AlphaSchedule(model, max(rise, 1)) if variant == "annealed" else None
         forward: Callable[..., torch.Tensor] = torch.compile(model) if self.options.compile else model
         run, batches = Run(variant, seed), np.random.default_rng(seed)
 
@@ -172,15 +173,12 @@ def main() -> int:
     shape, millions = f"{experiment.train.sequences} x {options.context} tokens", experiment.size.parameters / 1e6
     print(f"{steps} steps of {shape}, {millions:.1f}M parameters", flush=True)
     runs: list[Run] = []
-    for seed in range(options.seeds):
-        for variant in times:
-            if budget.spent:
-                skipped[f"{variant}, seed {seed}"] = "the budget ended"
-                continue
-            runs.append(run := experiment.run(variant, seed, steps, budget.deadline))
-            loss = run.curve[-1]["validation_loss"]
-            print(f"{variant}, seed {seed}: {loss:.3f} after {run.steps} steps{' (cut)' * run.cut}", flush=True)
-            free()
+    for run in each(
+        budget, options.seeds, times, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
+    ):
+        runs.append(run)
+        loss = run.curve[-1]["validation_loss"]
+        print(f"{run.variant}, seed {run.seed}: {loss:.3f} after {run.steps} steps{' (cut)' * run.cut}", flush=True)
     if not runs:
         sys.exit("The budget ended before the first variant began.")
     rows = rows_of(runs, experiment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +39,12 @@ def machine(device: torch.device | str) -> dict[str, Any]:
     }
 
 
+def short_name(of: Mapping[str, Any]) -> str:
+    """A machine in a file's name: `h200` for `NVIDIA H200`, `h100` for `NVIDIA H100 80GB HBM3`, `cpu` for any CPU."""
+    found = re.search(r"\b[A-Z]{1,2}\d{1,4}[A-Z]?\b", of["device"]) if of["threads"] is None else None
+    return found[0].lower() if found else "cpu" if of["threads"] else "gpu"
+
+
 def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
     """Mean, and half the range where there are several."""
     if not values:
@@ -59,8 +66,8 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], form: str =
 
 
 def save(name: str, content: Mapping[str, Any], path: Path | None) -> Path:
-    """Write a file of results, into ``benchmarks/results`` unless a path is given."""
-    path = RESULTS / f"{name}.json" if path is None else path
+    """Write a file of results: unless a path is given, into ``benchmarks/results``, its name ended by the machine's."""
+    path = RESULTS / f"{name}_{short_name(content['machine'])}.json" if path is None else path
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path

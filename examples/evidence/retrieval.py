@@ -28,7 +28,7 @@ import numpy as np
 import texts
 import torch
 from report import machine, save, spread, table
-from training import CALIBRATION_STEPS, Budget, Run, autocast, calibrate, free, optimize, seconds_of
+from training import CALIBRATION_STEPS, Budget, Run, autocast, calibrate, each, optimize, seconds_of
 from transformers import AutoModel, AutoTokenizer
 
 from adasplash_core.nn import AlphaSchedule
@@ -90,7 +90,8 @@ class Experiment:
 
     def run(self, variant: str, seed: int, steps: int, deadline: float, *, evaluate: bool = True) -> Run:
         model = self.model(seed)
-        schedule = hf.use(model, variant, steps * PRETRAINING if self.scratch else steps)
+        rise = steps * PRETRAINING if self.scratch else steps
+        schedule = hf.use(model, variant, rise if evaluate else 2 * rise)  # timed while alpha rises
         if self.scratch:
             self.pretrain(model, schedule, seed, steps * PRETRAINING, deadline)
             schedule = None
@@ -155,7 +156,7 @@ class Experiment:
         if not self.scratch:
             return self.run(variant, 0, CALIBRATION_STEPS, math.inf, evaluate=False).step_ms
         model = self.model(0)
-        schedule = hf.use(model, variant, CALIBRATION_STEPS)
+        schedule = hf.use(model, variant, 2 * CALIBRATION_STEPS)
         pretraining = self.pretrain(model, schedule, 0, CALIBRATION_STEPS, math.inf).step_ms
         return (PRETRAINING + 1) * pretraining
 
@@ -214,15 +215,12 @@ def main() -> int:
     steps = options.steps or budget.steps(times.values(), options.seeds, 2, share=0.7)
     print(f"{steps} steps of {options.batch} pairs", flush=True)
     runs: list[Run] = []
-    for seed in range(options.seeds):
-        for variant in times:
-            if budget.spent:
-                skipped[f"{variant}, seed {seed}"] = "the budget ended"
-                continue
-            runs.append(run := experiment.run(variant, seed, steps, budget.deadline))
-            before, after = (100 * run.curve[i]["ndcg_at_10"] for i in (0, -1))
-            print(f"{variant}, seed {seed}: nDCG@10 {before:.2f}, then {after:.2f}{' (cut)' * run.cut}", flush=True)
-            free()
+    for run in each(
+        budget, options.seeds, times, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
+    ):
+        runs.append(run)
+        before, after = (100 * run.curve[i]["ndcg_at_10"] for i in (0, -1))
+        print(f"{run.variant}, seed {run.seed}: nDCG@10 {before:.2f}, then {after:.2f}{' (cut)' * run.cut}", flush=True)
     if not runs:
         sys.exit("The budget ended before the first variant began.")
     rows = []

@@ -6,6 +6,7 @@ import argparse
 import gc
 import math
 import re
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Run:
     steps: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation
     step_ms: float = math.nan  # median
+    milliseconds: list[float] = field(default_factory=list)  # of every step
     peak_gb: float | None = None
     cut: bool = False  # the budget ended before its steps
 
@@ -63,10 +65,46 @@ def calibrate(step_ms: Callable[[str], float], variants: Sequence[str], skipped:
             times[variant] = step_ms(variant)
             print(f"{variant}: {times[variant]:.0f} ms a step", flush=True)
         except Exception as error:  # whatever another package raises, or too little memory: the reason is told in the results
-            skipped[variant] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            skipped[variant] = _reason(error)
             print(f"{variant} cannot run: {skipped[variant]}", flush=True)
         free()
     return times
+
+
+def each(
+    budget: Budget, seeds: int, variants: Iterable[str], train: Callable[[str, int], Run], skipped: dict[str, str]
+) -> Iterator[Run]:
+    """Train every variant from every seed while the budget lasts; of those that fail or find it spent ``skipped`` gets the reasons.
+
+    A SIGTERM ends the variant that runs, and the budget: what came before it is still written.
+    """
+
+    def ended(signal_: int, frame: Any) -> None:
+        budget.deadline = -math.inf
+        raise TimeoutError("the process was told to end")
+
+    previous = signal.signal(signal.SIGTERM, ended)
+    try:
+        for seed in range(seeds):
+            for variant in variants:
+                name = f"{variant}, seed {seed}"
+                if budget.spent:
+                    skipped[name] = "the budget ended"
+                    continue
+                try:
+                    run = train(variant, seed)
+                except Exception as error:  # as in calibrate: the other variants go on
+                    skipped[name] = _reason(error)
+                    print(f"{name} failed: {skipped[name]}", flush=True)
+                else:
+                    yield run
+                free()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def free() -> None:
@@ -124,7 +162,7 @@ def optimize(
     batch: gives one step's losses as functions, one a piece that fits the memory, each already weighted by its share.
     after_step: called with the number of steps done, outside the measured time, while ``run.cut`` says whether it is the last.
     """
-    optimizer, seconds = adamw(model, rate), list[float]()
+    optimizer = adamw(model, rate)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in range(steps):
@@ -138,7 +176,7 @@ def optimize(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(now(device) - started)
+        run.milliseconds.append(round(1000 * (now(device) - started), 3))
         if device.type == "cuda" and step < 3:
             run.peak_gb = torch.cuda.max_memory_allocated() / 1e9
         run.steps = step + 1
@@ -146,8 +184,8 @@ def optimize(
         after_step(run.steps)
         if run.cut:
             break
-    kept = sorted(seconds[len(seconds) // 3 :])  # the first compile and warm up
-    run.step_ms = 1000 * kept[len(kept) // 2]
+    kept = sorted(run.milliseconds[run.steps // 3 :])  # the first compile and warm up
+    run.step_ms = kept[len(kept) // 2]
 
 
 @dataclass
