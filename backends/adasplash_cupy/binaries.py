@@ -47,6 +47,8 @@ def compiled(instances: Sequence[Instance], index: int, capability: tuple[int, i
     found = [_read(path) for path in paths]
     jobs = [(instance, path) for instance, path, binary in zip(instances, paths, found, strict=True) if binary is None]
     if jobs:
+        if any(instance.architecture is None for instance, _ in jobs):
+            import cupy  # noqa: F401 (once, before threads ask for it at the same time)
         with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1), "adasplash-nvrtc") as pool:
             made = list(pool.map(lambda job: _made(job[0], job[1], index), jobs))
         errors = [result for result in made if isinstance(result, CompileError)]
@@ -70,11 +72,27 @@ def _file_name(instance: Instance, capability: tuple[int, int]) -> str:
 
 
 def _read(path: Path) -> Binary | None:
+    """What :func:`_keep` wrote; None where there is nothing, or not all of it."""
     try:
-        symbol, _, content = path.read_bytes().partition(b"\n")
+        head, _, content = path.read_bytes().partition(b"\n")
     except OSError:
         return None
-    return Binary(content, symbol.decode()) if content else None
+    symbol, _, digest = head.rpartition(b" ")
+    return Binary(content, symbol.decode()) if digest == _digest(content) else None
+
+
+def _keep(path: Path, binary: Binary) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(binary.symbol.encode() + b" " + _digest(binary.content) + b"\n" + binary.content)
+        Path(file.name).replace(path)  # whoever reads finds all of it
+    except OSError:  # nowhere to keep it: the next process compiles again
+        pass
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def _made(instance: Instance, path: Path, index: int) -> Binary | CompileError:
@@ -91,13 +109,7 @@ def _made(instance: Instance, path: Path, index: int) -> Binary | CompileError:
         if instance.architecture is None:
             return error
         return _refused.setdefault(instance, ArchitectureError(str(error)))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(binary.symbol.encode() + b"\n" + binary.content)
-        Path(file.name).replace(path)
-    except OSError:  # nowhere to keep it: the next process compiles again
-        pass
+    _keep(path, binary)
     return binary
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import struct
 import sys
 import threading
@@ -19,7 +20,7 @@ import torch
 from adasplash_core.call import make_call
 from adasplash_core.device import DeviceInfo
 from adasplash_core.errors import AdasplashWarning, ConfigRejectedError
-from adasplash_cupy import binaries, driver, launch, nvrtc, params, runner, tensor_maps
+from adasplash_cupy import binaries, driver, instances, launch, nvrtc, params, runner, tensor_maps
 from adasplash_cupy.backend import CupyBackend
 from adasplash_cupy.configs import BackwardConfig, ForwardConfig
 from adasplash_cupy.instances import Instance, MarkInstance
@@ -222,9 +223,7 @@ def test_a_kernel_is_compiled_once_and_launched_on_torchs_stream(machine: Machin
 
 def test_another_call_brings_its_own_addresses(machine: Machine) -> None:
     program = simple(q=Address("q"), out=Address("out", 8), kv_len=9)
-    tables = [{"q": torch.zeros(4), "out": torch.zeros(4)} for _ in range(3)]
-    for table in tables:
-        run(program, **table)
+    tables = [run(program, q=torch.zeros(4), out=torch.zeros(4)) for _ in range(3)]
     found = [(x.fields["q"], x.fields["out"], x.fields["kv_len"]) for x in machine.driver.launched]
     assert found == [(table["q"].data_ptr(), table["out"].data_ptr() + 8, 9) for table in tables]
 
@@ -324,12 +323,41 @@ def test_the_next_process_compiles_nothing_and_needs_no_cupy(machine: Machine, m
     assert machine.driver.loaded[0] == machine.driver.loaded[1] == b"binary of " + INSTANCE.expression.encode() + b"\0"
 
 
+def test_a_torn_file_is_compiled_again(machine: Machine) -> None:
+    run(simple())
+    (path,) = binaries.cache_folder().iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    machine.restart()
+    run(simple())
+    assert len(machine.compiled) == 2
+    assert machine.driver.loaded[0] == machine.driver.loaded[1]
+
+
+@pytest.mark.parametrize("changed", ["capability", "source", "NVRTC"])
+def test_what_a_binary_follows_from_finds_it(machine: Machine, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(simple())
+    machine.restart()
+    if changed == "capability":
+        monkeypatch.setattr(runner, "device_info", lambda _device: DeviceInfo("cuda", "A100", capability=(8, 0)))
+    elif changed == "source":
+        source = instances.source
+        monkeypatch.setattr(binaries, "source", lambda kernel: source(kernel) + "\n// another line")
+    else:
+        monkeypatch.setattr(nvrtc, "identity", lambda: "another libnvrtc")
+    run(simple())
+    assert len(machine.compiled) == 2
+
+
 def test_kernels_are_compiled_side_by_side(machine: Machine) -> None:
     """Each waits until the others have begun."""
-    together = threading.Barrier(2, timeout=20)
-    machine.compiling = lambda _expression: together.wait() and None
-    if (binaries.os.cpu_count() or 1) < 2:
+    if (os.cpu_count() or 1) < 2:
         pytest.skip("one processor compiles one kernel at a time")
+    together = threading.Barrier(2, timeout=20)
+
+    def wait(_expression: str) -> None:
+        together.wait()
+
+    machine.compiling = wait
     run(simple(*(Step(Instance(kernel, "float16"), (1,)) for kernel in ("key_max", "forward_dense"))))
     assert [symbol.partition("<")[0] for symbol in machine.driver.symbols] == ["_Z_key_max", "_Z_forward_dense"]
 
@@ -351,7 +379,12 @@ def test_what_is_written_for_one_architecture_is_compiled_for_it_and_kept(
 ) -> None:
     compiled: list[str] = []
     compile_instance = nvrtc.compile_instance
-    monkeypatch.setattr(nvrtc, "compile_instance", lambda *a: compiled.append(a[1]) or compile_instance(*a))
+
+    def recorded(instance: Instance, architecture: str) -> nvrtc.Program:
+        compiled.append(architecture)
+        return compile_instance(instance, architecture)
+
+    monkeypatch.setattr(nvrtc, "compile_instance", recorded)
     instance = MarkInstance(dtype="float16", head_dim=64, stages=4)
     for _ in range(2):
         machine.restart()
@@ -422,7 +455,7 @@ def test_equal_descriptions_share_a_program_and_others_do_not(machine: Machine) 
         addresses.append((machine.driver.launched[-1].fields["q"], fresh.query.data_ptr()))
     assert len(launch._forwards) == 1
     assert all(given == wanted for given, wanted in addresses)
-    variants = {
+    variants: dict[str, dict[str, Any]] = {
         "scale": {"scale": 0.3},
         "strides": {"key": torch.randn(1, 700, 1, 64).half().transpose(1, 2)},
         "alpha": {"alpha": torch.full((1,), 1.5, dtype=torch.float64)},
