@@ -32,7 +32,11 @@ class Binary(NamedTuple):
 
 
 class ArchitectureError(CompileError):
-    """NVRTC does not compile an instance that is written for one architecture; those that any GPU runs are not concerned."""
+    """NVRTC does not compile ``instances``, which are written for one architecture; those that any GPU runs are not concerned."""
+
+    def __init__(self, log: str, instances: frozenset[Instance]) -> None:
+        super().__init__(log)
+        self.instances = instances
 
 
 def compiled(instances: Sequence[Instance], index: int, capability: tuple[int, int]) -> list[Binary]:
@@ -51,9 +55,12 @@ def compiled(instances: Sequence[Instance], index: int, capability: tuple[int, i
             import cupy  # noqa: F401 (once, before threads ask for it at the same time)
         with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1), "adasplash-nvrtc") as pool:
             made = list(pool.map(lambda job: _made(job[0], job[1], index), jobs))
-        errors = [result for result in made if isinstance(result, CompileError)]
-        for error in sorted(errors, key=lambda error: isinstance(error, ArchitectureError)):
-            raise error
+        errors = {job[0]: result for job, result in zip(jobs, made, strict=True) if isinstance(result, CompileError)}
+        for instance, error in errors.items():
+            if instance.architecture is None:
+                raise error
+        if errors:
+            raise ArchitectureError("\n".join(map(str, errors.values())), frozenset(errors))
         new = iter(made)
         found = [next(new) if binary is None else binary for binary in found]  # type: ignore[misc]
     return [binary for binary in found if binary is not None]
@@ -106,9 +113,9 @@ def _made(instance: Instance, path: Path, index: int) -> Binary | CompileError:
             program = nvrtc.compile_instance(instance, instance.architecture)
             binary = Binary(program.binary, program.symbol)
     except CompileError as error:
-        if instance.architecture is None:
-            return error
-        return _refused.setdefault(instance, ArchitectureError(str(error)))
+        if instance.architecture is not None:
+            _refused[instance] = error
+        return error
     _keep(path, binary)
     return binary
 

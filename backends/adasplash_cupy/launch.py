@@ -113,17 +113,25 @@ def _run(programs: Programs, build: Callable[..., Program], call: AttentionCall,
     if program is not None:
         _launch(program, table, call.query.device, call.config)
         return
-    inputs = dict(table)
-    program = build(call, dict(inputs))
-    try:
-        _launch(program, table, call.query.device, call.config)
-    except ArchitectureError as error:
-        warnings.warn(f"NVRTC does not compile Hopper's kernel, a slower one runs instead: {error}", AdasplashWarning, 2)
-        table.clear()
-        table.update(inputs)
-        program = build(call, dict(inputs), marks=False)
-        _launch(program, table, call.query.device, call.config)
+    inputs, refused = dict(table), frozenset[Instance]()
+    program = None
+    while program is None:
+        program = build(call, dict(inputs), refused)
+        try:
+            _launch(program, table, call.query.device, call.config)
+        except ArchitectureError as error:
+            if error.instances <= refused:
+                raise ConfigRejectedError("cupy", call.config, str(error)) from error
+            warnings.warn(f"NVRTC does not compile Hopper's kernel, a slower one runs instead: {error}", AdasplashWarning, 2)
+            program, refused = None, refused | error.instances
+            table.clear()
+            table.update(inputs)
     programs.keep(key, program)  # one whose kernels do not run is not kept
+
+
+def _admitted(instances: dict[str, Instance], refused: frozenset[Instance]) -> dict[str, Instance]:
+    """Without those that NVRTC refuses."""
+    return {name: instance for name, instance in instances.items() if instance not in refused}
 
 
 def _launch(program: Program, table: Table, device: torch.device, config: KernelConfig | None) -> None:
@@ -142,8 +150,8 @@ def _launch(program: Program, table: Table, device: torch.device, config: Kernel
 # -- forward ----------------------------------------------------------------------------------------------------------------------
 
 
-def _forward_program(call: AttentionCall, table: Table, marks: bool = True) -> Program:
-    """The forward of calls that are described like this one. ``marks``: whether forward_mark may take it."""
+def _forward_program(call: AttentionCall, table: Table, refused: frozenset[Instance] = frozenset()) -> Program:
+    """The forward of calls that are described like this one. ``refused``: by NVRTC, among those written for one architecture."""
     config, spec = call.config, call.spec
     assert isinstance(config, ForwardConfig)
     conversions = converted(table)
@@ -175,12 +183,12 @@ def _forward_program(call: AttentionCall, table: Table, marks: bool = True) -> P
     if tile:
         blocks = batch * heads * -(-q_len // SHORT_ROWS)
         return Program(outputs, [Step(short_instance(spec, config, tile), (blocks,))], values, None, conversions, owners)
-    instances = forward_instances(spec, config)
+    instances = _admitted(forward_instances(spec, config), refused)
     steps: list[Step] = []
     zeroed = None
     if uses_lists(spec, kv_len):
         workspace = Workspace()
-        steps, zeroed = _select(config, table, values, instances, workspace, head_dim_v, marks)
+        steps, zeroed = _select(config, table, values, instances, workspace, head_dim_v)
         outputs.append(workspace.output())
     steps.append(Step(instances["forward_dense"], (batch * heads * -(-q_len // ROWS),)))
     return Program(outputs, steps, values, zeroed, conversions, owners)
@@ -193,7 +201,6 @@ def _select(
     instances: dict[str, Instance],
     workspace: Workspace,
     head_dim_v: int,
-    marks: bool,
 ) -> tuple[list[Step], Zeroed]:
     """Lists of keys for blocks of rows, then the rows that have one."""
     query, key, device = table["q"], table["k"], table["q"].device
@@ -205,7 +212,7 @@ def _select(
     io_bytes = elements * query.element_size()
     hit_words = (-(-kv_len // 128) + 1) * 8
     multiprocessors = device_info(device).multiprocessors if device.type == "cuda" else 1
-    maps = _maps(query, key) if marks and "forward_mark" in instances else None
+    maps = _maps(query, key) if "forward_mark" in instances else None
     if maps:
         programs = min(batch * heads * -(-q_len // (128 * config.mark_groups)), multiprocessors * config.mark_programs)
         words = programs * 2 * config.mark_groups * hit_words * 2  # of two items, and u32
@@ -264,8 +271,8 @@ def _maps(query: torch.Tensor, key: torch.Tensor) -> tuple[tuple[str, TensorMap]
 # -- backward and transform -------------------------------------------------------------------------------------------------------
 
 
-def _backward_program(call: AttentionCall, table: Table, marks: bool = False) -> Program:
-    """The backward of calls that are described like this one."""
+def _backward_program(call: AttentionCall, table: Table, refused: frozenset[Instance] = frozenset()) -> Program:
+    """As :func:`_forward_program`."""
     config, spec = call.config, call.spec
     assert isinstance(config, BackwardConfig)
     conversions = converted(table)
@@ -291,7 +298,7 @@ def _backward_program(call: AttentionCall, table: Table, marks: bool = False) ->
         values.update(blocks=0, pool=0)
     values["delta"] = workspace.add(4 * batch * heads * q_len)
     outputs.append(workspace.output())
-    instances = backward_instances(spec, config)
+    instances = _admitted(backward_instances(spec, config), refused)
     chunks = -(-max(head_dim, head_dim_v) // COLUMNS)
     steps = [
         Step(instances["backward_rows"], (batch * heads * blocks,)),

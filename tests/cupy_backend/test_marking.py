@@ -401,7 +401,7 @@ def test_where_nvrtc_refuses_another_pass_runs(monkeypatch: pytest.MonkeyPatch) 
 
     def outer(instance: Instance) -> Any:
         if instance.architecture is not None:
-            raise ArchitectureError("too old")
+            raise ArchitectureError("too old", frozenset({instance}))
         return inner(instance)
 
     monkeypatch.setattr(emulator, "compiled", outer)
