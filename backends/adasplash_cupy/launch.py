@@ -1,16 +1,21 @@
-"""Workspace, grids and order of the kernels of one call."""
+"""Forward, backward and transform as the core calls them, and the programs behind them: workspace, grids and order of the kernels.
+
+A call gathers the caller's tensors into a table by role and describes itself: shapes, strides, dtypes, numbers, spec and config. The
+description finds a program, or it is built here. So what depends on sizes and features is computed once, and a call that was described
+before costs a look-up, a few allocations and the launches (:mod:`adasplash_cupy.runner`).
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from adasplash_core import layout
-from adasplash_core.backend import AttentionCall, ForwardResult, Gradients
+from adasplash_core.backend import AttentionCall, ForwardResult, Gradients, KernelConfig
 from adasplash_core.device import device_info
-from adasplash_core.errors import AdasplashWarning
+from adasplash_core.errors import AdasplashWarning, ConfigRejectedError
+from adasplash_cupy.binaries import ArchitectureError
 from adasplash_cupy.configs import (
     BackwardConfig,
     ForwardConfig,
@@ -20,10 +25,12 @@ from adasplash_cupy.configs import (
     short_tile,
     uses_lists,
 )
+from adasplash_cupy.driver import DriverError
 from adasplash_cupy.instances import COLUMNS, KEYS, ROWS, SHORT_ROWS, Instance
 from adasplash_cupy.nvrtc import CompileError
-from adasplash_cupy.operands import Operands, aligned_rows
-from adasplash_cupy.runner import Launcher, launching
+from adasplash_cupy.operands import Values, add_output, converted, describe, inputs_of, shared_values
+from adasplash_cupy.program import Address, Output, Program, Programs, Step, Table, Workspace, Zeroed
+from adasplash_cupy.runner import prepare
 from adasplash_cupy.tensor_maps import TensorMap, encode, reason_against, tensor_map
 
 _KEYS_A_BLOCK = 128  # of key_max.cu
@@ -31,6 +38,9 @@ _COUNTERS = 6  # of params.cuh
 _MOST_ENTRIES = 2**31 - 1  # positions in the pools are int32
 _CACHED_KEYS = 16 * 2**20  # bytes of K that stay in the L2 cache while forward_mark reads them time and again
 _CACHED_BYTES = 48 * 1024  # scores of a row that the transform keeps in shared memory
+_SAVED = ("o2", "m", "c", "blocks", "pool")
+
+_forwards, _backwards, _transforms = Programs(), Programs(), Programs()
 
 
 def saved_shapes(sizes: tuple[int, int, int, int, int, int, int], itemsize: int, lists: bool) -> list[tuple[int, ...]]:
@@ -46,66 +56,163 @@ def saved_shapes(sizes: tuple[int, int, int, int, int, int, int], itemsize: int,
 
 
 def forward(call: AttentionCall) -> ForwardResult:
-    """Launch the forward; the kernels' files say what each pass does."""
-    config = call.config
-    assert isinstance(config, ForwardConfig)
-    query, key, value, spec, device = call.query, call.key, call.value, call.spec, call.query.device
-    batch, heads, q_len, head_dim = query.shape
-    kv_len, head_dim_v = value.shape[2], value.shape[3]
-    out = layout.empty_like(query, head_dim_v)
-    saved: list[torch.Tensor] = []
-    if spec.needs_grad:
-        sizes = (batch, heads, key.shape[1], q_len, kv_len, head_dim, head_dim_v)
-        shapes = saved_shapes(sizes, query.element_size(), not spec.deterministic)
-        dtypes = (query.dtype, torch.float32, torch.float32, torch.int32, torch.int32)
-        saved = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    tau = torch.empty(batch, heads, q_len, device=device) if spec.return_stats else None
-    support = torch.empty(batch, heads, q_len, dtype=torch.int32, device=device) if spec.return_stats else None
-    result = ForwardResult(out, saved, tau, support)
-    if out.numel() == 0 or kv_len == 0:
-        for x in (out, *saved, tau, support):
-            if x is not None:
-                x.zero_()
-        return result
+    """Launch the forward; the kernels' files say what each pass does.
 
-    operands = Operands.of(call)
-    operands.view("out", out)
-    operands.point("tau", tau)
-    operands.point("support", support)
-    if saved:
-        for name, x in zip(("o2", "m", "c"), saved, strict=False):
-            operands.point(name, x)
-        if not spec.deterministic and uses_lists(spec, kv_len):
-            operands.point("blocks", saved[3])
-            operands.point("pool", saved[4])
-            operands.values["pool_size"] = min(saved[4].numel(), _MOST_ENTRIES)
+    Raises
+    ------
+    ConfigRejectedError: where a kernel does not compile or asks for more than the device has.
+    """
+    table = inputs_of(call)
+    _run(_forwards, _forward_program, call, table)
+    saved = [table[role] for role in _SAVED] if call.spec.needs_grad else []
+    return ForwardResult(table["out"], saved, table.get("tau"), table.get("support"))
+
+
+def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.Tensor]) -> Gradients:
+    """Launch the backward: blocks of rows first (dQ, and dK, dV over lists), then blocks of keys (the rest of dK and dV).
+
+    Raises
+    ------
+    ConfigRejectedError: as :func:`forward`.
+    """
+    table = inputs_of(call)
+    table["d_out"] = grad_out
+    table["o2"], table["m"], table["c"], table["blocks"], table["pool"] = saved
+    _run(_backwards, _backward_program, call, table)
+    d_alpha = None
+    if call.spec.alpha_requires_grad:
+        parts = table["d_alpha"]
+        d_alpha = (parts.sum() if call.alpha.ndim == 0 else parts.sum((0, 2))).to(call.alpha.dtype)
+    return Gradients(table["d_q"], table["d_k"], table["d_v"], d_alpha)
+
+
+def transform_forward(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """alpha-entmax of ``x`` (..., n) over its last dimension, in its dtype; ``alpha`` () or broadcastable, size 1 in the last."""
+    n = x.shape[-1]
+    rows = x.reshape(-1, n) if x.numel() else x.new_empty(0, n)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    alphas = alpha.to(torch.float64)
+    if alpha.numel() > 1:
+        alphas = alphas.expand(*x.shape[:-1], 1).contiguous()
+    table = {"q": rows, "alpha": alphas}
+    key = (x.shape, rows.stride(), x.dtype, x.get_device(), alpha.numel() > 1)
+    program = _transforms.find(key)
+    if program is not None:
+        _launch(program, table, x.device, None)
+    else:
+        program = _transform_program(x, rows, alpha.numel() > 1)
+        _launch(program, table, x.device, None)
+        _transforms.keep(key, program)
+    return table["out"]
+
+
+def _run(programs: Programs, build: Callable[..., Program], call: AttentionCall, table: Table) -> None:
+    key = describe(call, table)
+    program = programs.find(key)
+    if program is not None:
+        _launch(program, table, call.query.device, call.config)
+        return
+    inputs, refused = dict(table), frozenset[Instance]()
+    program = None
+    while program is None:
+        program = build(call, dict(inputs), refused)
+        try:
+            _launch(program, table, call.query.device, call.config)
+        except ArchitectureError as error:
+            if error.instances <= refused:
+                raise ConfigRejectedError("cupy", call.config, str(error)) from error
+            warnings.warn(f"NVRTC does not compile Hopper's kernel, a slower one runs instead: {error}", AdasplashWarning, 2)
+            program, refused = None, refused | error.instances
+            table.clear()
+            table.update(inputs)
+    programs.keep(key, program)  # one whose kernels do not run is not kept
+
+
+def _admitted(instances: dict[str, Instance], refused: frozenset[Instance]) -> dict[str, Instance]:
+    """Without those that NVRTC refuses."""
+    return {name: instance for name, instance in instances.items() if instance not in refused}
+
+
+def _launch(program: Program, table: Table, device: torch.device, config: KernelConfig | None) -> None:
+    try:
+        program(table, device, prepare)
+    except ArchitectureError:
+        raise
+    except CompileError as error:
+        raise ConfigRejectedError("cupy", config, str(error)) from error
+    except DriverError as error:
+        if not error.rejects:
+            raise
+        raise ConfigRejectedError("cupy", config, str(error)) from error
+
+
+# -- forward ----------------------------------------------------------------------------------------------------------------------
+
+
+def _forward_program(call: AttentionCall, table: Table, refused: frozenset[Instance] = frozenset()) -> Program:
+    """The forward of calls that are described like this one. ``refused``: by NVRTC, among those written for one architecture."""
+    config, spec = call.config, call.spec
+    assert isinstance(config, ForwardConfig)
+    conversions = converted(table)
+    query, key, value = table["q"], table["k"], table["v"]
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len, head_dim_v = key.shape[1], value.shape[2], value.shape[3]
+    values = shared_values(call, table)
+    outputs = [add_output(values, Output.like("out", call.query, head_dim_v))]
+    if spec.needs_grad:
+        shapes = saved_shapes(
+            (batch, heads, kv_heads, q_len, kv_len, head_dim, head_dim_v), query.element_size(), not spec.deterministic
+        )
+        dtypes = (query.dtype, torch.float32, torch.float32, torch.int32, torch.int32)
+        saved = [Output.contiguous(*given) for given in zip(_SAVED, shapes, dtypes, strict=True)]
+        outputs += saved
+        keeps_lists = not spec.deterministic and uses_lists(spec, kv_len)
+        for output in saved if keeps_lists else saved[:3]:
+            add_output(values, output)
+        if keeps_lists:
+            values["pool_size"] = min(shapes[4][0], _MOST_ENTRIES)
+    if spec.return_stats:
+        for role, dtype in (("tau", torch.float32), ("support", torch.int32)):
+            outputs.append(add_output(values, Output.contiguous(role, (batch, heads, q_len), dtype)))
+    owners = (spec, config)
+    if 0 in (batch, heads, q_len, kv_len, head_dim_v):
+        return Program(outputs, owners=owners)
+
     tile = short_tile(spec, kv_len)
-    instances = forward_instances(spec, config)
-    items = batch * heads * operands.values["q_blocks"]
-    with launching("cupy", config, device) as launch:
-        if tile:
-            blocks = batch * heads * -(-q_len // SHORT_ROWS)
-            launch(short_instance(spec, config, tile), (blocks,), operands.values)
-            return result
-        if uses_lists(spec, kv_len):
-            _select(config, operands, instances, launch, out)
-        launch(instances["forward_dense"], (int(items),), operands.values)
-    return result
+    if tile:
+        blocks = batch * heads * -(-q_len // SHORT_ROWS)
+        return Program(outputs, [Step(short_instance(spec, config, tile), (blocks,))], values, None, conversions, owners)
+    instances = _admitted(forward_instances(spec, config), refused)
+    steps: list[Step] = []
+    zeroed = None
+    if uses_lists(spec, kv_len):
+        workspace = Workspace()
+        steps, zeroed = _select(config, table, values, instances, workspace, head_dim_v)
+        outputs.append(workspace.output())
+    steps.append(Step(instances["forward_dense"], (batch * heads * -(-q_len // ROWS),)))
+    return Program(outputs, steps, values, zeroed, conversions, owners)
 
 
 def _select(
-    config: ForwardConfig, operands: Operands, instances: dict[str, Instance], launch: Launcher, out: torch.Tensor
-) -> None:
+    config: ForwardConfig,
+    table: Table,
+    values: Values,
+    instances: dict[str, Instance],
+    workspace: Workspace,
+    head_dim_v: int,
+) -> tuple[list[Step], Zeroed]:
     """Lists of keys for blocks of rows, then the rows that have one."""
-    query, key, values, device = operands.query, operands.key, operands.values, operands.query.device
-    batch, heads, q_len, _ = query.shape
+    query, key, device = table["q"], table["k"], table["q"].device
+    batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     # Workspace in proportion to the inputs and the output: a block whose list finds the pool full is computed over all keys.
-    items = batch * heads * int(values["q_blocks"])
-    io_bytes = (query.numel() + key.numel() + operands.value.numel() + out.numel()) * query.element_size()
+    items = batch * heads * -(-q_len // ROWS)
+    elements = (batch * heads * q_len + batch * kv_heads * kv_len) * (head_dim + head_dim_v)
+    io_bytes = elements * query.element_size()
     hit_words = (-(-kv_len // 128) + 1) * 8
     multiprocessors = device_info(device).multiprocessors if device.type == "cuda" else 1
-    maps = _maps(operands) if "forward_mark" in instances else None
+    maps = _maps(query, key) if "forward_mark" in instances else None
     if maps:
         programs = min(batch * heads * -(-q_len // (128 * config.mark_groups)), multiprocessors * config.mark_programs)
         words = programs * 2 * config.mark_groups * hit_words * 2  # of two items, and u32
@@ -113,121 +220,110 @@ def _select(
         programs = min(items, multiprocessors * config.select_programs)
         words = programs * hit_words
     lists = min(io_bytes * 3 // 16 + 1024, _MOST_ENTRIES)
-    zeroed = torch.zeros(2 * _COUNTERS + batch * kv_heads, dtype=torch.int32, device=device)
-    operands.point("counters", zeroed)
-    values["key_max"] = zeroed.data_ptr() + 8 * _COUNTERS
-    operands.point("t", torch.empty(batch * heads * q_len, device=device))
-    operands.point("margin", torch.empty(batch * heads * q_len, device=device))
-    operands.point("hits", torch.empty(words, dtype=torch.int16, device=device))
-    operands.point("entries", torch.empty(items * 2, dtype=torch.int32, device=device))
-    operands.point("queue", torch.empty(items, dtype=torch.int32, device=device))
-    operands.point("lists", torch.empty(lists, dtype=torch.int32, device=device))
+    counted = 2 * _COUNTERS + batch * kv_heads
+    counters = workspace.add(4 * counted)
     values.update(
+        counters=counters,
+        key_max=Address(counters.role, counters.offset + 8 * _COUNTERS),
+        t=workspace.add(4 * batch * heads * q_len),
+        margin=workspace.add(4 * batch * heads * q_len),
+        hits=workspace.add(2 * words),
+        entries=workspace.add(8 * items),
+        queue=workspace.add(4 * items),
+        lists=workspace.add(4 * lists),
         hit_words=hit_words,
         lists_size=lists,
         sample=config.mark_sample if maps else config.sample,
-        heads_together=max(1, _CACHED_KEYS // (kv_len * key.shape[3] * key.element_size())) * (heads // kv_heads),
+        heads_together=max(1, _CACHED_KEYS // (kv_len * head_dim * key.element_size())) * (heads // kv_heads),
         sample_steps=config.sample_steps,
         sample_worth=config.mark_worth if maps else config.sample_worth,
         list_percent=config.list_percent,
         dense_percent=config.dense_percent,
         least_list=config.least_list,
     )
-    launch(instances["key_max"], (-(-kv_len // _KEYS_A_BLOCK) * batch * kv_heads,), values)
-    marked = False
+    steps = [Step(instances["key_max"], (-(-kv_len // _KEYS_A_BLOCK) * batch * kv_heads,))]
     if maps:
-        launch(instances["forward_bound"], (items,), values)
-        try:
-            launch(instances["forward_mark"], (programs,), values, maps=maps)
-            marked = True
-        except CompileError as error:
-            warnings.warn(f"NVRTC does not compile Hopper's kernel, a slower one runs instead: {error}", AdasplashWarning, 2)
-    if not marked:
-        launch(instances["forward_select"], (programs,), values)
-    launch(instances["forward_lists"], (items,), values)
+        steps.append(Step(instances["forward_bound"], (items,)))
+        steps.append(Step(instances["forward_mark"], (programs,), maps=maps))
+    else:
+        steps.append(Step(instances["forward_select"], (programs,)))
+    steps.append(Step(instances["forward_lists"], (items,)))
+    return steps, Zeroed(counters, counted)
 
 
-def _maps(operands: Operands) -> list[TensorMap] | None:
+def _maps(query: torch.Tensor, key: torch.Tensor) -> tuple[tuple[str, TensorMap], ...] | None:
     """Of Q and K; None where the copy engine cannot read them, or the driver does not know of it."""
-    maps = [found for found in (tensor_map(operands.query), tensor_map(operands.key)) if found is not None]
+    maps = [(role, found) for role, x in (("q", query), ("k", key)) if (found := tensor_map(x)) is not None]
     if len(maps) < 2:
         return None
-    if operands.query.device.type == "cuda":
+    if query.device.type == "cuda":
         if reason_against() is not None:
             return None
         try:
-            for of in maps:
-                encode(of)  # kept for the launch
+            for _, of in maps:
+                encode(of)  # asks the driver once
         except RuntimeError as error:
             warnings.warn(f"Hopper's kernel does not take this call, a slower one runs instead: {error}", AdasplashWarning, 2)
             return None
-    return maps
+    return tuple(maps)
 
 
-def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.Tensor]) -> Gradients:
-    """Launch the backward: blocks of rows first (dQ, and dK, dV over lists), then blocks of keys (the rest of dK and dV)."""
-    config = call.config
+# -- backward and transform -------------------------------------------------------------------------------------------------------
+
+
+def _backward_program(call: AttentionCall, table: Table, refused: frozenset[Instance] = frozenset()) -> Program:
+    """As :func:`_forward_program`."""
+    config, spec = call.config, call.spec
     assert isinstance(config, BackwardConfig)
-    query, key, value, spec, device = call.query, call.key, call.value, call.spec, call.query.device
+    conversions = converted(table)
+    query, key, value = table["q"], table["k"], table["v"]
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len, head_dim_v = key.shape[1], value.shape[2], value.shape[3]
-    d_query, d_key, d_value = (layout.empty_like(x) for x in (query, key, value))
-    if 0 in (d_query.numel(), d_key.numel(), d_value.numel()):
-        d_alpha = torch.zeros_like(call.alpha) if spec.alpha_requires_grad else None
-        return Gradients(d_query.zero_(), d_key.zero_(), d_value.zero_(), d_alpha)
+    blocks, workspace, zeroed = -(-q_len // ROWS), Workspace(), None
+    values = shared_values(call, table)
+    likes = (("d_q", call.query), ("d_k", call.key), ("d_v", call.value))
+    outputs = [add_output(values, Output.like(role, x)) for role, x in likes]
+    if spec.alpha_requires_grad:
+        outputs.append(add_output(values, Output.contiguous("d_alpha", (batch, heads, blocks), torch.float32)))
+    owners = (spec, config)
+    if 0 in (batch, heads, q_len, kv_heads, kv_len, head_dim, head_dim_v):
+        return Program(outputs, owners=owners)
 
-    operands = Operands.of(call)
-    operands.view("d_out", aligned_rows(grad_out))
-    for name, x in zip(("o2", "m", "c"), saved, strict=False):
-        operands.point(name, x)
-    for name, x in (("d_q", d_query), ("d_k", d_key), ("d_v", d_value)):
-        operands.view(name, x)
     if not spec.deterministic and uses_lists(spec, kv_len):
-        operands.point("blocks", saved[3])
-        operands.point("pool", saved[4])
-        sums = torch.zeros(batch * kv_heads * kv_len * (head_dim + head_dim_v), device=device)
-        operands.point("dk_sum", sums)
-        operands.point("dv_sum", sums[d_key.numel() :])
-    operands.point("delta", torch.empty(batch, heads, q_len, device=device))
-    parts = torch.empty(batch, heads, int(operands.values["q_blocks"]), device=device) if spec.alpha_requires_grad else None
-    operands.point("d_alpha", parts)
-    instances = backward_instances(spec, config)
+        keys = batch * kv_heads * kv_len
+        sums = workspace.add(4 * keys * (head_dim + head_dim_v))
+        values.update(dk_sum=sums, dv_sum=Address(sums.role, sums.offset + 4 * keys * head_dim))
+        zeroed = Zeroed(sums, keys * (head_dim + head_dim_v))
+    else:
+        values.update(blocks=0, pool=0)
+    values["delta"] = workspace.add(4 * batch * heads * q_len)
+    outputs.append(workspace.output())
+    instances = _admitted(backward_instances(spec, config), refused)
     chunks = -(-max(head_dim, head_dim_v) // COLUMNS)
-    with launching("cupy", config, device) as launch:
-        launch(instances["backward_rows"], (batch * heads * int(operands.values["q_blocks"]),), operands.values)
-        launch(instances["backward_keys"], (-(-kv_len // KEYS) * batch * kv_heads, chunks), operands.values)
-    d_alpha = None
-    if parts is not None:
-        d_alpha = (parts.sum() if call.alpha.ndim == 0 else parts.sum((0, 2))).to(call.alpha.dtype)
-    return Gradients(d_query, d_key, d_value, d_alpha)
+    steps = [
+        Step(instances["backward_rows"], (batch * heads * blocks,)),
+        Step(instances["backward_keys"], (-(-kv_len // KEYS) * batch * kv_heads, chunks)),
+    ]
+    return Program(outputs, steps, values, zeroed, conversions, owners)
 
 
-def transform_forward(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """alpha-entmax of ``x`` (..., n) over its last dimension, in its dtype; ``alpha`` () or broadcastable, size 1 in the last."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+def _transform_program(x: torch.Tensor, rows: torch.Tensor, alpha_per_row: bool) -> Program:
+    out = Output.contiguous("out", tuple(x.shape), x.dtype)
     if x.numel() == 0:
-        return out
-    n = x.shape[-1]
-    rows = x.reshape(-1, n)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    alphas = alpha.to(torch.float64)
-    if alpha.numel() > 1:
-        alphas = alphas.expand(*x.shape[:-1], 1).contiguous()
+        return Program([out])
+    count, n = rows.shape
     cached = n * 4 <= _CACHED_BYTES - 1024
-    values: dict[str, int | float] = {
-        "q": rows.data_ptr(),
-        "out": out.data_ptr(),
-        "alpha": alphas.data_ptr(),
-        "alpha_head": 1 if alpha.numel() > 1 else 0,
+    values: Values = {
+        "q": Address("q"),
+        "out": Address("out"),
+        "alpha": Address("alpha"),
+        "alpha_head": int(alpha_per_row),
         "q_row": rows.stride(0),
         "out_row": n,
         "kv_len": n,
-        "lists_size": rows.shape[0],
+        "lists_size": count,
         "left": int(cached),
     }
-    across = min(rows.shape[0], 2**16)
+    across = min(count, 2**16)
     instance = Instance("transform", str(x.dtype).removeprefix("torch."))
-    with launching("cupy", None, x.device) as launch:
-        launch(instance, (across, -(-rows.shape[0] // across)), values, n * 4 if cached else 0)
-    return out
+    return Program([out], [Step(instance, (across, -(-count // across)), n * 4 if cached else 0)], values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from adasplash_cupy import requirements
 from adasplash_cupy.instances import Instance, source
@@ -56,12 +57,11 @@ def is_available() -> bool:
     return requirements.nvrtc_library() is not None
 
 
-def version() -> str:
-    """Of the library that compiles."""
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    nvrtc = _nvrtc()
-    _check(nvrtc, nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
-    return f"{major.value}.{minor.value}"
+@cache
+def identity() -> str:
+    """Of the library that compiles, without loading it: its file's name and size."""
+    path = _path()
+    return "" if path is None else f"{Path(path).resolve().name} {Path(path).stat().st_size if Path(path).exists() else 0}"
 
 
 def _read(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
@@ -74,10 +74,15 @@ def _read(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> bytes:
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    path = requirements.nvrtc_library(requirements.cupy_major()) or requirements.nvrtc_library()
+    path = _path()
     if path is None:
         raise CompileError("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
     return ctypes.CDLL(path)
+
+
+def _path() -> str | None:
+    """CuPy's NVRTC if it is known which that is, else any."""
+    return requirements.nvrtc_library(requirements.cupy_major()) or requirements.nvrtc_library()
 
 
 def _check(nvrtc: ctypes.CDLL, status: int) -> None:

@@ -41,6 +41,16 @@ def size() -> int:
     return _packer()[0].size
 
 
+@cache
+def pointers() -> tuple[str, ...]:
+    """The pointer fields, which come first: a call writes its addresses over them and nothing else."""
+    codes = fields()
+    found = tuple(name for name, code in codes.items() if code == "P")
+    if found != tuple(codes)[: len(found)]:
+        raise AssertionError("params.cuh: declare pointers before other fields")
+    return found
+
+
 def pack(values: Mapping[str, int | float]) -> bytes:
     """The struct's bytes; fields not named are 0.
 

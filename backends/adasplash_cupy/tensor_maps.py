@@ -6,12 +6,13 @@ import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
 BYTES = 128
-_ALIGNMENT = 64  # of the encoded map in memory
+ALIGNMENT = 64
+"""Of the encoded map in memory."""
 _COLUMNS, _ROWS = 64, 128  # of a tile: rows of 128 bytes, which are swizzled as the tensor cores read them
 _MOST_BYTES = 1 << 40  # that a stride may have
 _DTYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_...
@@ -56,32 +57,44 @@ def reason_against() -> str | None:
     return None
 
 
-@lru_cache(maxsize=256)
+class Encoder:
+    """Writes maps of tensors that differ in their address alone."""
+
+    def __init__(self, of: TensorMap) -> None:
+        self.of = of
+        self.before = (_DTYPES[of.dtype], len(of.lengths))
+        self.after = (
+            (ctypes.c_uint64 * 4)(*of.lengths),
+            (ctypes.c_uint64 * 3)(*of.strides),
+            (ctypes.c_uint32 * 4)(of.columns, of.rows, 1, 1),
+            (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+            0,  # no interleaving
+            _SWIZZLE_128B,
+            _PROMOTE_256B,
+            0,  # zeros outside
+        )
+
+    def __call__(self, to: int, address: int) -> None:
+        """Write the map's bytes to ``to``, a multiple of ALIGNMENT.
+
+        Raises
+        ------
+        RuntimeError: if the driver refuses, which says that :func:`tensor_map` accepts what it should not.
+        """
+        if status := _driver()(to, *self.before, address, *self.after):
+            raise RuntimeError(f"cuTensorMapEncodeTiled refuses {self.of} with error {status}")
+
+
 def encode(of: TensorMap) -> bytes:
     """The map's bytes, as kernels take them.
 
     Raises
     ------
-    RuntimeError: if the driver refuses, which says that :func:`tensor_map` accepts what it should not.
+    RuntimeError: as :class:`Encoder`.
     """
-    memory = ctypes.create_string_buffer(BYTES + _ALIGNMENT)
-    start = -ctypes.addressof(memory) % _ALIGNMENT
-    status = _driver()(
-        ctypes.addressof(memory) + start,
-        _DTYPES[of.dtype],
-        len(of.lengths),
-        of.address,
-        (ctypes.c_uint64 * 4)(*of.lengths),
-        (ctypes.c_uint64 * 3)(*of.strides),
-        (ctypes.c_uint32 * 4)(of.columns, of.rows, 1, 1),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-        0,  # no interleaving
-        _SWIZZLE_128B,
-        _PROMOTE_256B,
-        0,  # zeros outside
-    )
-    if status:
-        raise RuntimeError(f"cuTensorMapEncodeTiled refuses {of} with error {status}")
+    memory = ctypes.create_string_buffer(BYTES + ALIGNMENT)
+    start = -ctypes.addressof(memory) % ALIGNMENT
+    Encoder(of)(ctypes.addressof(memory) + start, of.address)
     return memory.raw[start : start + BYTES]
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 
 from adasplash_cupy import launch
+from adasplash_cupy.program import Programs
 from tests.cupy_backend import emulator
 
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "gpu" not in request.path.parts:
-        monkeypatch.setattr(launch, "launching", emulator.launching)
+        monkeypatch.setattr(launch, "prepare", emulator.prepare)
+        for cache in ("_forwards", "_backwards", "_transforms"):  # tests change what programs are built from
+            monkeypatch.setattr(launch, cache, Programs())
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from adasplash_cupy import aot, nvrtc
 from adasplash_cupy.instances import ALIBI, ALL_FLAGS, DROPOUT, GRAD, KERNELS, Instance, MarkInstance, source
-from adasplash_cupy.params import fields
+from adasplash_cupy.params import fields, pointers
 
 needs_nvrtc = pytest.mark.skipif(not nvrtc.is_available(), reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc")
 
@@ -66,3 +66,4 @@ def test_parameters_are_read_from_their_declaration() -> None:
     assert (found["o2"], found["q_row"], found["kv_len"], found["keep_from"], found["scale"]) == ("P", "q", "i", "I", "f")
     order = [code in "Pq" for code in found.values()]
     assert order == sorted(order, reverse=True), "8-byte fields first, or C would pad"
+    assert pointers() == tuple(name for name, code in found.items() if code == "P"), "calls write their addresses at the front"

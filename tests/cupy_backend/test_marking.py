@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,8 +18,9 @@ from adasplash_core.masking import row_intervals
 from adasplash_core.testing import oracle
 from adasplash_core.testing.inputs import poisoned_memory
 from adasplash_cupy import configs, launch, tensor_maps
+from adasplash_cupy.binaries import ArchitectureError
 from adasplash_cupy.instances import ROWS, Instance, MarkInstance
-from adasplash_cupy.nvrtc import CompileError
+from adasplash_cupy.program import Step
 from adasplash_cupy.tensor_maps import tensor_map
 from tests.cupy_backend import emulator
 
@@ -67,20 +67,17 @@ def configured(call: AttentionCall, pass_: Any = "forward", **config: Any) -> At
 def mark(call: AttentionCall, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Found:
     found: list[Found] = []
 
-    @contextmanager
-    def launching(*arguments: Any) -> Iterator[Callable[..., None]]:
-        with emulator.launching(*arguments) as inner:
+    inner = emulator.launch
 
-            def outer(instance: Instance, grid: tuple[int, ...], values: Any, *more: Any, **named: Any) -> None:
-                rows = values["batch"] * values["heads"] * values["q_len"]
-                before = _floats(values["t"], rows) if instance.kernel == "forward_mark" else None
-                inner(instance, grid, values, *more, **named)
-                if before is not None:
-                    found.append(Found(_lists_of(values), before, _floats(values["t"], rows), _floats(values["margin"], rows)))
+    def outer(step: Step, values: Any, maps: Any) -> None:
+        marks = step.instance.kernel == "forward_mark"
+        rows = values["batch"] * values["heads"] * values["q_len"]
+        before = _floats(values["t"], rows) if marks else None
+        inner(step, values, maps)
+        if before is not None:
+            found.append(Found(_lists_of(values), before, _floats(values["t"], rows), _floats(values["margin"], rows)))
 
-            yield outer
-
-    monkeypatch.setattr(launch, "launching", launching)
+    monkeypatch.setattr(emulator, "launch", outer)
     with poisoned_memory():
         BACKEND.forward(configured(call, **{**SMALL, **config}))
     shape = call.query.shape[:3]
@@ -364,7 +361,6 @@ def test_the_driver_encodes_maps(status: int, monkeypatch: pytest.MonkeyPatch) -
     x = torch.zeros(2, 3, 500, 72, dtype=torch.bfloat16)
     of = tensor_map(x)
     assert of is not None
-    tensor_maps.encode.cache_clear()
     if status:
         with pytest.raises(RuntimeError, match="error 1"):
             tensor_maps.encode(of)
@@ -380,25 +376,19 @@ def test_the_driver_encodes_maps(status: int, monkeypatch: pytest.MonkeyPatch) -
         "steps": [1, 1, 1, 1],
         "modes": (0, 3, 3, 0),  # no interleaving, swizzled by 128 bytes, fetched by 256, zeros outside
     }
-    tensor_maps.encode.cache_clear()
 
 
 def test_keys_the_copy_engine_cannot_read_are_selected_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads that share their memory have a stride of 0."""
     query, key, value = draw(100, 300, heads=2)
     launched: list[str] = []
+    inner = emulator.launch
 
-    @contextmanager
-    def launching(*arguments: Any) -> Iterator[Callable[..., None]]:
-        with emulator.launching(*arguments) as inner:
+    def outer(step: Step, values: Any, maps: Any) -> None:
+        launched.append(step.instance.kernel)
+        inner(step, values, maps)
 
-            def outer(instance: Instance, *more: Any, **named: Any) -> None:
-                launched.append(instance.kernel)
-                inner(instance, *more, **named)
-
-            yield outer
-
-    monkeypatch.setattr(launch, "launching", launching)
+    monkeypatch.setattr(emulator, "launch", outer)
     call = make_call(query, key.expand(1, 2, 300, 64), value.expand(1, 2, 300, 64), needs_grad=False)
     found = BACKEND.forward(configured(call, **SMALL))
     assert "forward_select" in launched
@@ -407,18 +397,14 @@ def test_keys_the_copy_engine_cannot_read_are_selected_as_elsewhere(monkeypatch:
 
 
 def test_where_nvrtc_refuses_another_pass_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def launching(*arguments: Any) -> Iterator[Callable[..., None]]:
-        with emulator.launching(*arguments) as inner:
+    inner = emulator.compiled
 
-            def outer(instance: Instance, *more: Any, **named: Any) -> None:
-                if instance.architecture is not None:
-                    raise CompileError("too old")
-                inner(instance, *more, **named)
+    def outer(instance: Instance) -> Any:
+        if instance.architecture is not None:
+            raise ArchitectureError("too old", frozenset({instance}))
+        return inner(instance)
 
-            yield outer
-
-    monkeypatch.setattr(launch, "launching", launching)
+    monkeypatch.setattr(emulator, "compiled", outer)
     call = causal()
     with pytest.warns(AdasplashWarning, match="too old"):
         found = BACKEND.forward(configured(call, **SMALL))

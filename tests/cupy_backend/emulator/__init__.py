@@ -13,8 +13,7 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,11 +21,11 @@ from typing import ClassVar
 
 import torch
 
-from adasplash_core.backend import HeadDims, KernelConfig
+from adasplash_core.backend import HeadDims
 from adasplash_cupy import params
 from adasplash_cupy.backend import CupyBackend
 from adasplash_cupy.instances import ALL_FLAGS, Instance, MarkInstance, source
-from adasplash_cupy.runner import Launcher
+from adasplash_cupy.program import Address, Program, Run, Step, Table
 from adasplash_cupy.tensor_maps import BYTES, TensorMap
 
 HERE = Path(__file__).parent
@@ -53,27 +52,40 @@ def limited(high: int, *dtypes: str) -> EmulatedCupyBackend:
     return type("Limited", (EmulatedCupyBackend,), attributes)()
 
 
-@contextmanager
-def launching(backend: str, config: KernelConfig | None, device: torch.device) -> Iterator[Launcher]:
-    """In place of :func:`adasplash_cupy.runner.launching`."""
+def prepare(program: Program, table: Table, device: torch.device) -> Run:
+    """In place of :func:`adasplash_cupy.runner.prepare`."""
+    for step in program.steps:
+        compiled(step.instance)
 
-    def launch(
-        instance: Instance,
-        grid: tuple[int, ...],
-        values: Mapping[str, int | float],
-        more_shared_bytes: int = 0,
-        maps: Sequence[TensorMap] = (),
-    ) -> None:
-        library = _library(merged(instance))
-        blocks = (ctypes.c_int * 3)(*(*grid, 1, 1)[:3])
-        contents = [params.pack(values), *map(encode, maps)]
-        arguments = (ctypes.c_char_p * len(contents))(*contents)
-        with _lock:
-            failure = library.launch(arguments, blocks, instance.shared_bytes + more_shared_bytes, order)
-        if failure:
-            raise AssertionError(f"{instance.expression}: {failure.decode()}")
+    def run(table: Table) -> None:
+        values = {name: address(table, x) if isinstance(x, Address) else x for name, x in program.values.items()}
+        if program.zeroed is not None:
+            ctypes.memset(address(table, program.zeroed.address), 0, 4 * program.zeroed.words)
+        for step in program.steps:
+            maps = [replace(of, address=table[role].data_ptr()) for role, of in step.maps]
+            launch(step, values, maps)
 
-    yield launch
+    return run
+
+
+def address(table: Table, of: Address) -> int:
+    return table[of.role].data_ptr() + of.offset
+
+
+def compiled(instance: Instance) -> ctypes.CDLL:
+    return _library(merged(instance))
+
+
+def launch(step: Step, values: Mapping[str, int | float], maps: Sequence[TensorMap]) -> None:
+    """One kernel, to its end."""
+    instance = step.instance
+    contents = [params.pack(values), *map(encode, maps)]
+    arguments = (ctypes.c_char_p * len(contents))(*contents)
+    with _lock:
+        blocks = (ctypes.c_int * 3)(*step.blocks)
+        failure = compiled(instance).launch(arguments, blocks, instance.shared_bytes + step.more_shared_bytes, order)
+    if failure:
+        raise AssertionError(f"{instance.expression}: {failure.decode()}")
 
 
 def encode(of: TensorMap) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -118,3 +119,28 @@ def test_a_million_keys() -> None:
     config = BACKEND.default_config(call.spec, device_info("cuda"), "forward")
     out = BACKEND.forward(dataclasses.replace(call, config=config)).out[:, :, rows]
     assert error(out, oracle.attention(call, rows=rows).out) < 5e-3
+
+
+def test_tensors_of_equal_shapes_lie_anywhere() -> None:
+    """Calls share what was prepared for the first, down to the tensor maps, but for addresses."""
+    kept = [draw(1, 4, 1300, 64, spread=4, seed=seed) for seed in range(4)]
+    apart = [run(make_call(*inputs, is_causal=True))[0].out for inputs in kept]
+    for inputs, out in zip(kept, apart, strict=True):
+        assert error(out, oracle.attention(make_call(*inputs, is_causal=True)).out) < 5e-3
+
+
+def test_threads_compute_on_streams_of_their_own() -> None:
+    cases = [draw(1, 4, 1300, 64, spread=4, seed=seed) for seed in range(4)]
+    torch.cuda.synchronize()
+
+    def compute(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            found = [run(make_call(*inputs, is_causal=True))[0].out for _ in range(10)]
+        stream.synchronize()
+        return found
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for inputs, outs in zip(cases, pool.map(compute, cases), strict=True):
+            want = oracle.attention(make_call(*inputs, is_causal=True)).out
+            assert all(error(out, want) < 5e-3 for out in outs)
