@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from adasplash_core.backend import (
     AttentionBackend,
     AttentionCall,
+    CompileReport,
     ForwardResult,
     Gradients,
     HeadDims,
@@ -100,6 +101,11 @@ class CupyBackend(AttentionBackend):
 
     def tuning_space(self, spec: AttentionSpec, device: DeviceInfo, pass_: Pass) -> Iterable[KernelConfig]:
         return configs.forward_space(spec, device) if pass_ == "forward" else configs.backward_space(spec, device)
+
+    def precompile(self, spec: AttentionSpec, device: DeviceInfo, pass_: Pass, config: KernelConfig) -> CompileReport | None:
+        from adasplash_cupy.precompile import precompile
+
+        return precompile(spec, device, pass_, config)
 
     def toolchain(self) -> str:
         from importlib import metadata

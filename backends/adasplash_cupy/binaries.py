@@ -25,10 +25,15 @@ _refused: dict[Instance, CompileError] = {}  # of those that are written for one
 
 
 class Binary(NamedTuple):
-    """A cubin, or PTX where NVRTC is older than the device, and the kernel's name in it."""
+    """A cubin, or PTX where NVRTC is older than the device, and the kernel's name in it.
+
+    ``registers`` and ``spilled`` (bytes) are a thread's, -1 where the compiler was not asked.
+    """
 
     content: bytes
     symbol: str
+    registers: int = -1
+    spilled: int = -1
 
 
 class ArchitectureError(CompileError):
@@ -66,6 +71,22 @@ def compiled(instances: Sequence[Instance], index: int, capability: tuple[int, i
     return [binary for binary in found if binary is not None]
 
 
+def compiled_ahead(instance: Instance, capability: tuple[int, int]) -> Binary:
+    """The binary of an instance for a device that need not be here, kept where :func:`compiled` finds it.
+
+    Raises
+    ------
+    CompileError: with NVRTC's log.
+    """
+    path = cache_folder() / _file_name(instance, capability)
+    if (binary := _read(path)) is None:
+        architecture = instance.architecture or f"sm_{capability[0]}{capability[1]}"
+        program = nvrtc.compile_instance(instance, architecture, "-Xptxas", "-v")
+        binary = Binary(program.binary, program.symbol, program.registers, program.spilled)
+        _keep(path, binary)
+    return binary
+
+
 def cache_folder() -> Path:
     """Where CuPy keeps compiled kernels."""
     return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
@@ -84,15 +105,18 @@ def _read(path: Path) -> Binary | None:
         head, _, content = path.read_bytes().partition(b"\n")
     except OSError:
         return None
-    symbol, _, digest = head.rpartition(b" ")
-    return Binary(content, symbol.decode()) if digest == _digest(content) else None
+    parts = head.rsplit(b" ", 3)
+    if len(parts) != 4 or parts[3] != _digest(content):
+        return None
+    return Binary(content, parts[0].decode(), int(parts[1]), int(parts[2]))
 
 
 def _keep(path: Path, binary: Binary) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(binary.symbol.encode() + b" " + _digest(binary.content) + b"\n" + binary.content)
+            head = f"{binary.symbol} {binary.registers} {binary.spilled} {_digest(binary.content).decode()}\n"
+            file.write(head.encode() + binary.content)
         Path(file.name).replace(path)  # whoever reads finds all of it
     except OSError:  # nowhere to keep it: the next process compiles again
         pass

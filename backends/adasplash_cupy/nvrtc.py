@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,11 +21,23 @@ class CompileError(Exception):
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled instance: the binary, the kernel's name in it, and what the compiler said."""
+    """A compiled instance: the binary, the kernel's name in it, and what the compiler said.
+
+    With the options ``-Xptxas -v`` it says what the kernel takes: registers a thread, and bytes that a thread spills; else -1.
+    """
 
     binary: bytes
     symbol: str
     log: str
+
+    @property
+    def registers(self) -> int:
+        return max(map(int, re.findall(r"Used (\d+) registers", self.log)), default=-1)
+
+    @property
+    def spilled(self) -> int:
+        found = re.findall(r"(\d+) bytes spill (?:stores|loads)", self.log)
+        return sum(map(int, found)) if found else -1
 
 
 def compile_instance(instance: Instance, architecture: str, *options: str) -> Program:
