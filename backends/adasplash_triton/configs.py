@@ -89,6 +89,11 @@ def _bytes_per_row(spec: AttentionSpec) -> int:
     return _padded(max(spec.head_dim, spec.head_dim_v)) * _itemsize(spec)
 
 
+def _before_hopper(device: DeviceInfo) -> bool:
+    """Whether products are mma.sync's alone, whose operands take registers."""
+    return device.capability is not None and device.capability < (9, 0)
+
+
 def _too_large(shared_bytes: int, device: DeviceInfo) -> bool:
     """More shared memory than a block may have, where that is known."""
     return 0 < device.shared_memory < shared_bytes
@@ -119,10 +124,9 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo, precision: Precisio
             list_keys=16, list_keys_on_chip=16, list_warps=8, list_stages=1,
             dense_keys=16, dense_warps=8, dense_stages=1,
         )  # fmt: skip
-    older = device.capability is not None and device.capability < (9, 0)
     if precision == "tf32":
         config = replace(config, select_warps=8, list_warps=8, dense_warps=8, dense_keys=64 if row <= 128 else 32)
-        if older:
+        if _before_hopper(device):
             config = replace(config, list_keys=32, list_keys_on_chip=min(config.list_keys_on_chip, 64), dense_keys=32)
     elif _itemsize(spec) == 4 and row <= 512:  # a product without tensor cores is unrolled: larger tiles spill
         keys = 32 if row <= 256 else 16
@@ -130,7 +134,7 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo, precision: Precisio
             config, select_blocks=1, select_keys=32, select_warps=8,
             list_keys=keys, list_keys_on_chip=keys, list_warps=8, dense_keys=keys, dense_warps=8,
         )  # fmt: skip
-    if older and config.select_blocks > 1:
+    if _before_hopper(device) and config.select_blocks > 1:
         config = replace(config, select_blocks=1)  # accumulators of 64 x 128 spill with mma.sync's layout
     if device.capability is not None and device.capability >= (10, 0):
         config = replace(config, list_warps=8)  # fewer would park 3 KB a thread there; not measured
@@ -151,7 +155,9 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo, precision: Precisi
     else:
         config = BackwardConfig(block_k=16, block_d=16, block_n=16, num_stages=1, num_warps=8)
     if precision == "tf32":
-        config = replace(config, block_k=config.block_d)
+        tight = (row > 256 and _before_hopper(device)) or (row > 128 and is_small(device))
+        keys = 16 if tight else config.block_d
+        config = replace(config, block_k=keys, block_d=keys)
     elif _itemsize(spec) == 4 and 128 < row <= 512:
         keys = 64 if row <= 256 else 16
         config = BackwardConfig(block_k=keys, block_d=keys, block_n=keys, num_stages=1, num_warps=8)

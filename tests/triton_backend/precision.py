@@ -11,7 +11,7 @@ import torch
 @contextmanager
 def tf32(allowed: bool = True) -> Iterator[None]:
     with restored():
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
         yield
 
 
