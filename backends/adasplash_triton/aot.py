@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from adasplash_core.backend import AttentionCall
 from adasplash_triton import launch
+from adasplash_triton.configs import Precision
 from adasplash_triton.operands import inputs_of
 from adasplash_triton.program import ALIGNMENT, Program, Table
 from adasplash_triton.runner import FUSED, Address, Pointer
@@ -54,16 +55,18 @@ class Resources:
     local: int = -1
 
 
-def launches_of(forward_call: AttentionCall, backward_call: AttentionCall | None = None) -> list[Launch]:
+def launches_of(
+    forward_call: AttentionCall, backward_call: AttentionCall | None = None, precision: Precision = "ieee"
+) -> list[Launch]:
     """The launches of a call's forward and, if given (the same call with a backward config), its backward. Any device, any values."""
     table = inputs_of(forward_call)
-    program = launch.forward_program(forward_call, table)
+    program = launch.forward_program(forward_call, table, precision)
     found = _launches(program, table)
     if backward_call is not None:
         device = torch.device("cpu")
         made = {x.role: x.allocate(device) for x in program.outputs if x.role in ("OUT", "O2", "rows", "lists")}
         table = {**inputs_of(backward_call), "DO": made.pop("OUT"), **made}
-        found += _launches(launch.backward_program(backward_call, table), table)
+        found += _launches(launch.backward_program(backward_call, table, precision), table)
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
 
 from adasplash_core.backend import KernelConfig
 from adasplash_core.device import DeviceInfo
@@ -11,6 +13,10 @@ from adasplash_core.spec import AttentionSpec
 
 LIST_ROWS = 64
 """Query rows that share one list of keys: fixed, because what the forward saves the backward must read with any config."""
+
+
+Precision = Literal["ieee", "tf32"]
+"""How float32 products are taken: exactly, or with operands rounded to TF32 for the tensor cores. Half precision knows "ieee" alone."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,19 @@ def fits(spec: AttentionSpec, device: DeviceInfo) -> bool:
     return not (is_small(device) and _bytes_per_row(spec) > 512)
 
 
+def tf32_fits(head_dim: int, head_dim_v: int, device: DeviceInfo) -> bool:
+    """Whether the backward's rows fit: beside Q and dO its products need copies in the layout that TF32's operands must have."""
+    return _padded(max(head_dim, head_dim_v)) <= (64 if is_small(device) else 128)
+
+
 def _bytes_per_row(spec: AttentionSpec) -> int:
     """Shared memory of one row of the wider of K and V, padded to a power of two."""
     return _padded(max(spec.head_dim, spec.head_dim_v)) * _itemsize(spec)
+
+
+def _before_hopper(device: DeviceInfo) -> bool:
+    """Whether products are mma.sync's alone, whose operands take registers."""
+    return device.capability is not None and device.capability < (9, 0)
 
 
 def _too_large(shared_bytes: int, device: DeviceInfo) -> bool:
@@ -87,7 +103,7 @@ def _itemsize(spec: AttentionSpec) -> int:
     return 4 if spec.dtype == "float32" else 2
 
 
-def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
+def default_forward(spec: AttentionSpec, device: DeviceInfo, precision: Precision = "ieee") -> ForwardConfig:
     """Large tiles where shared memory and registers allow, smaller for wide heads, float32 and small GPUs."""
     row = _bytes_per_row(spec)
     if row <= 128:
@@ -108,13 +124,17 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
             list_keys=16, list_keys_on_chip=16, list_warps=8, list_stages=1,
             dense_keys=16, dense_warps=8, dense_stages=1,
         )  # fmt: skip
-    if _itemsize(spec) == 4 and row <= 512:  # a product without tensor cores is unrolled: larger tiles spill
+    if precision == "tf32":
+        config = replace(config, select_warps=8, list_warps=8, dense_warps=8, dense_keys=64 if row <= 128 else 32)
+        if _before_hopper(device):
+            config = replace(config, list_keys=32, list_keys_on_chip=min(config.list_keys_on_chip, 64), dense_keys=32)
+    elif _itemsize(spec) == 4 and row <= 512:  # a product without tensor cores is unrolled: larger tiles spill
         keys = 32 if row <= 256 else 16
         config = replace(
             config, select_blocks=1, select_keys=32, select_warps=8,
             list_keys=keys, list_keys_on_chip=keys, list_warps=8, dense_keys=keys, dense_warps=8,
         )  # fmt: skip
-    if device.capability is not None and device.capability < (9, 0) and config.select_blocks > 1:
+    if _before_hopper(device) and config.select_blocks > 1:
         config = replace(config, select_blocks=1)  # accumulators of 64 x 128 spill with mma.sync's layout
     if device.capability is not None and device.capability >= (10, 0):
         config = replace(config, list_warps=8)  # fewer would park 3 KB a thread there; not measured
@@ -123,7 +143,7 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
     return config
 
 
-def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
+def default_backward(spec: AttentionSpec, device: DeviceInfo, precision: Precision = "ieee") -> BackwardConfig:
     """As :func:`default_forward`."""
     row = _bytes_per_row(spec)
     if row <= 128:
@@ -134,7 +154,11 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
         config = BackwardConfig(block_d=32, block_n=32, num_stages=1, num_warps=8)
     else:
         config = BackwardConfig(block_k=16, block_d=16, block_n=16, num_stages=1, num_warps=8)
-    if _itemsize(spec) == 4 and 128 < row <= 512:
+    if precision == "tf32":
+        tight = (row > 256 and _before_hopper(device)) or (row > 128 and is_small(device))
+        keys = 16 if tight else config.block_d
+        config = replace(config, block_k=keys, block_d=keys)
+    elif _itemsize(spec) == 4 and 128 < row <= 512:
         keys = 64 if row <= 256 else 16
         config = BackwardConfig(block_k=keys, block_d=keys, block_n=keys, num_stages=1, num_warps=8)
     if is_small(device):
@@ -142,6 +166,14 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
         if row >= 512:
             config = replace(config, block_k=16, block_d=16, block_n=16)
     return config
+
+
+@lru_cache(maxsize=4096)
+def for_tf32(config: KernelConfig, spec: AttentionSpec, device: DeviceInfo) -> KernelConfig:
+    """The config to multiply in TF32 with. Configs are tuned, found and remembered without regard to a setting that may change at any
+    time; so a default that was made for products without tensor cores is exchanged here, and any other stays."""
+    default = default_forward if isinstance(config, ForwardConfig) else default_backward
+    return default(spec, device, "tf32") if config == default(spec, device) else config
 
 
 def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardConfig]:

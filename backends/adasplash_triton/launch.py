@@ -13,13 +13,14 @@ Arguments go by name. A new kernel argument is an entry in ``arguments`` of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from adasplash_core.backend import AttentionCall, ForwardResult, Gradients
 from adasplash_core.device import device_info
-from adasplash_triton.configs import LIST_ROWS, BackwardConfig, ForwardConfig
+from adasplash_triton.configs import LIST_ROWS, BackwardConfig, ForwardConfig, Precision, for_tf32
 from adasplash_triton.kernels.backward_keys import backward_keys_kernel
 from adasplash_triton.kernels.backward_rows import backward_rows_kernel
 from adasplash_triton.kernels.columns import key_max_kernel
@@ -34,6 +35,7 @@ from adasplash_triton.operands import (
     inputs_of,
     is_short,
     output_like,
+    precision_of,
     row_steps,
     shared_arguments,
     strides,
@@ -72,13 +74,18 @@ def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.
     return Gradients(table["DQ"], table["DK"], table["DV"], d_alpha)
 
 
-def _run(programs: Programs, build: Callable[[AttentionCall, Table], Program], call: AttentionCall, table: Table) -> None:
-    key = describe(call, table)
+def _run(
+    programs: Programs, build: Callable[[AttentionCall, Table, Precision], Program], call: AttentionCall, table: Table
+) -> None:
+    precision = precision_of(call)
+    if precision == "tf32":
+        call = replace(call, config=for_tf32(call.config, call.spec, device_info(call.query.device)))
+    key = describe(call, table, precision)
     program = programs.find(key)
     if program is not None:
         program(table, call.query.device)
     else:
-        program = build(call, table)
+        program = build(call, table, precision)
         program(table, call.query.device)
         programs.keep(key, program)  # one whose kernels do not run is not kept
 
@@ -122,7 +129,7 @@ def _saved_addresses(rows: tuple[int, ...], entries: int, lists: bool) -> dict[s
 # -- forward ----------------------------------------------------------------------------------------------------------------------
 
 
-def forward_program(call: AttentionCall, table: Table) -> Program:
+def forward_program(call: AttentionCall, table: Table, precision: Precision = "ieee") -> Program:
     """The forward of calls that are described like this one."""
     config, spec = call.config, call.spec
     assert isinstance(config, ForwardConfig)
@@ -131,7 +138,7 @@ def forward_program(call: AttentionCall, table: Table) -> Program:
     kv_heads, kv_len, head_dim_v = key.shape[1], value.shape[2], value.shape[3]
     outputs = [output_like("OUT", query, head_dim_v)]
     out = Address("OUT", 0, query.dtype)
-    arguments = shared_arguments(call, table)
+    arguments = shared_arguments(call, table, precision)
     arguments.update(OUT=out, O2=out, M=out, C=out, BLOCKS=out, POOL=out, TAU=out, SUPPORT=out, pool_size=0)
     arguments.update(row_steps("out", outputs[0]))
     if spec.needs_grad:
@@ -233,14 +240,14 @@ def _select_solve(
 # -- backward ---------------------------------------------------------------------------------------------------------------------
 
 
-def backward_program(call: AttentionCall, table: Table) -> Program:
+def backward_program(call: AttentionCall, table: Table, precision: Precision = "ieee") -> Program:
     """The backward of calls that are described like this one."""
     config, spec = call.config, call.spec
     assert isinstance(config, BackwardConfig)
     query, key, value, grad_out = table["Q"], table["K"], table["V"], table["DO"]
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len, head_dim_v = key.shape[1], value.shape[2], value.shape[3]
-    arguments, workspace = shared_arguments(call, table), Workspace()
+    arguments, workspace = shared_arguments(call, table, precision), Workspace()
     q_blocks = arguments["q_blocks"]
     outputs = [output_like(role, x) for role, x in (("DQ", query), ("DK", key), ("DV", value))]
     delta = workspace.add(batch * heads * q_len, torch.float32)

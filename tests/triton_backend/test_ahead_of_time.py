@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from adasplash_core.call import make_call
 from adasplash_core.device import DeviceInfo
-from adasplash_triton import aot, replay
+from adasplash_triton import aot, configs, replay
 from adasplash_triton.backend import TritonBackend
 from tests.triton_backend.machine_code import products_fused_into_exchanges
 
@@ -20,16 +21,23 @@ does not use."""
 
 
 def launches(
-    target: str, *, dtype: torch.dtype = torch.bfloat16, dim: int = 64, length: int = 1024, **arguments: object
+    target: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    dim: int = 64,
+    length: int = 1024,
+    precision: configs.Precision = "ieee",
+    **arguments: object,
 ) -> list[aot.Launch]:
     query, key, value = (torch.zeros(1, 2, length, dim, dtype=dtype) for _ in range(3))
     call = make_call(query, key, value, **arguments)  # type: ignore[arg-type]
     major, minor = divmod(int(target[3:]), 10) if target.startswith("sm_") else (9, 4)
     device = DeviceInfo("cuda", target, capability=(major, minor), multiprocessors=100, shared_memory=aot.SHARED_MEMORY[target])
-    forward, backward = (
-        dataclasses.replace(call, config=BACKEND.default_config(call.spec, device, pass_)) for pass_ in ("forward", "backward")
-    )
-    return aot.launches_of(forward, backward)
+    chosen = [BACKEND.default_config(call.spec, device, pass_) for pass_ in ("forward", "backward")]
+    if precision == "tf32":
+        chosen = [configs.for_tf32(config, call.spec, device) for config in chosen]
+    forward, backward = (dataclasses.replace(call, config=config) for config in chosen)
+    return aot.launches_of(forward, backward, precision)
 
 
 def check(target: str, recorded: list[aot.Launch], most_stack: int | None = MOST_STACK) -> None:
@@ -61,3 +69,16 @@ def test_wide_heads_on_a_small_gpu() -> None:
 
 def test_float32_on_a_small_gpu() -> None:
     check("sm_86", launches("sm_86", dim=128, dtype=torch.float32), most_stack=None)
+
+
+@pytest.mark.parametrize(
+    ("target", "dim", "length"), [("sm_80", 64, 1024), ("sm_80", 128, 1024), ("sm_90", 128, 1024), ("sm_90", 64, 256)]
+)
+def test_tf32(target: str, dim: int, length: int) -> None:
+    """Within the spills of products without tensor cores; operands go in as they are, so that all passes drop the same bits."""
+    recorded = launches(target, dim=dim, length=length, dtype=torch.float32, precision="tf32", is_causal=True)
+    check(target, recorded, most_stack=608)
+    for launch in recorded:
+        ptx = aot.compiled(launch, target).asm["ptx"]
+        assert ("f32.tf32.tf32" in ptx) == (launch.kernel.__name__ != "key_max_kernel")
+        assert re.search(r"cvt\.\S*tf32", ptx) is None

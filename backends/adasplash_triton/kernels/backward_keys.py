@@ -42,7 +42,7 @@ def add_block(
     dk, dv, k, v, keys, allowed, n, Q, DO, M, C, DELTA, LO, HI, DIAG, SEED, q_stride, do_stride, mask_batch, b, bh, block, q_len,
     kv_len, shift, left, right, h, x_scale, slope, scale, keep_from, keep_scale,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """(dk, dv) with what a block of queries adds; Q, DO, M, C and DELTA point at its head."""
     rows = block * BM + tl.arange(0, BM)
@@ -52,7 +52,7 @@ def add_block(
     c = tl.load(C + rows, mask=rows < q_len, other=0.0)
     delta = tl.load(DELTA + rows, mask=rows < q_len, other=0.0)
     lo, hi, diag = row_interval(LO, HI, DIAG, mask_batch, b, rows, q_len, kv_len, shift, left, right, LOADED)
-    x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
+    x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI, PRECISION)
     if (tl.max(lo, 0) > n) | (tl.min(hi, 0) < n + BN):
         x = tl.where(visible(keys[None, :], lo[:, None], hi[:, None]), x, float("-inf"))
     if HAS_KEYMASK:
@@ -60,10 +60,10 @@ def add_block(
     zero = tl.zeros((BM,), tl.float32)
     sums = (zero, zero, zero, zero, zero, zero)
     ds, p, _, _ = score_gradient(
-        x, v, do, delta, m, c, h, rows, keys, bh, SEED, keep_from, keep_scale, sums, ALPHA, HAS_DROPOUT, False
+        x, v, do, delta, m, c, h, rows, keys, bh, SEED, keep_from, keep_scale, sums, ALPHA, PRECISION, HAS_DROPOUT, False
     )
-    dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * scale
-    dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+    dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION) * scale
+    dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
     return dk, dv
 
 
@@ -75,7 +75,8 @@ def backward_keys_kernel(
     mask_batch, keymask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, shift, left, right, scale, keep_from, keep_scale,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
-    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, LISTS: tl.constexpr,
+    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN
     kv_heads = heads // group
@@ -132,14 +133,14 @@ def backward_keys_kernel(
                     dk, dv = add_block(
                         dk, dv, k, v, keys, allowed, n, q_ptr, do_ptr, M + row_at, C + row_at, DELTA + row_at, LO, HI, DIAG, SEED,
                         q_stride, do_stride, mask_batch, b, bh, block, q_len, kv_len, shift, left, right, h, x_scale, slope, scale,
-                        keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BN, LOADED, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT,
+                        keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BN, LOADED, HAS_KEYMASK, HAS_ALIBI, PRECISION, HAS_DROPOUT,
                     )  # fmt: skip
         else:
             for block in range(first, last):
                 dk, dv = add_block(
                     dk, dv, k, v, keys, allowed, n, q_ptr, do_ptr, M + row_at, C + row_at, DELTA + row_at, LO, HI, DIAG, SEED,
                     q_stride, do_stride, mask_batch, b, bh, block, q_len, kv_len, shift, left, right, h, x_scale, slope, scale,
-                    keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BN, LOADED, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT,
+                    keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BN, LOADED, HAS_KEYMASK, HAS_ALIBI, PRECISION, HAS_DROPOUT,
                 )  # fmt: skip
     dk_at = first_row(b, kv_head, kv_heads, kv_len, dk_head)
     dv_at = first_row(b, kv_head, kv_heads, kv_len, dv_head)

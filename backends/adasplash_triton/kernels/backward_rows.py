@@ -63,10 +63,10 @@ def alpha_terms(sums, x, p, dp, m, c, h):
 
 @triton.jit
 def score_gradient(x, v, do, delta, m, c, h, rows, keys, head, SEED, keep_from, keep_scale, sums,
-                   ALPHA: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALPHA_GRAD: tl.constexpr):  # fmt: skip
+                   ALPHA: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALPHA_GRAD: tl.constexpr):  # fmt: skip
     """(ds, p as dV needs it, u, the d alpha sums) of a tile."""
     p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], keys[None, :], head)
         dp = dp * keep
@@ -79,13 +79,13 @@ def score_gradient(x, v, do, delta, m, c, h, rows, keys, head, SEED, keep_from, 
 
 
 @triton.jit
-def add_product(dq, ds, k, ALPHA: tl.constexpr):
+def add_product(dq, ds, k, ALPHA: tl.constexpr, PRECISION: tl.constexpr):
     """dq + ds K. Sparsemax weighs all keys of the support alike, so over long ones the roundings of ds add up: there ds is taken in two
     parts."""
     high = ds.to(k.dtype)
-    dq += tl.dot(high, k, input_precision="ieee")
+    dq += tl.dot(high, k, input_precision=PRECISION)
     if ALPHA == 20:
-        dq += tl.dot((ds - high.to(tl.float32)).to(k.dtype), k, input_precision="ieee")
+        dq += tl.dot((ds - high.to(tl.float32)).to(k.dtype), k, input_precision=PRECISION)
     return dq
 
 
@@ -94,20 +94,22 @@ def add_range_tile(
     dq, uk, rest, total, sums, q, do, keys_ptr, values_ptr, keymask, n, k_stride, v_stride, low, end, lo, hi, diag, delta,
     m, c, h, x_scale, slope, rows, head, SEED, keep_from, keep_scale,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BD: tl.constexpr,
-    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALPHA_GRAD: tl.constexpr, EDGE: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    ALPHA_GRAD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """(ds K, u K, sum ds, sum u, the d alpha sums) with a tile added."""
     x = range_scores(
-        q, keys_ptr, keymask, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BD, HAS_KEYMASK, HAS_ALIBI, EDGE
-    )
+        q, keys_ptr, keymask, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BD,
+        HAS_KEYMASK, HAS_ALIBI, PRECISION, EDGE,
+    )  # fmt: skip
     v = load_tile(values_ptr, n, v_stride, low, end, EV, BEV, BD, EDGE)
     ds, _, u, sums = score_gradient(
-        x, v, do, delta, m, c, h, rows, n + tl.arange(0, BD), head, SEED, keep_from, keep_scale, sums, ALPHA, HAS_DROPOUT,
-        ALPHA_GRAD,
+        x, v, do, delta, m, c, h, rows, n + tl.arange(0, BD), head, SEED, keep_from, keep_scale, sums, ALPHA, PRECISION,
+        HAS_DROPOUT, ALPHA_GRAD,
     )  # fmt: skip
     k = load_tile(keys_ptr, n, k_stride, low, end, E, BE, BD, EDGE)
-    dq = add_product(dq, ds, k, ALPHA)
-    uk += tl.dot(u.to(k.dtype), k, input_precision="ieee")
+    dq = add_product(dq, ds, k, ALPHA, PRECISION)
+    uk += tl.dot(u.to(k.dtype), k, input_precision=PRECISION)
     return dq, uk, rest + tl.sum(ds, 1), total + tl.sum(u, 1), sums
 
 
@@ -119,7 +121,7 @@ def backward_rows_kernel(
     keep_from, keep_scale,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     LISTS: tl.constexpr, ALPHA_GRAD: tl.constexpr,
 ):  # fmt: skip
     bh, block = block_of_program(q_blocks, spread)
@@ -160,18 +162,19 @@ def backward_rows_kernel(
             ahead = listed_keys(POOL + base, j + BK, count, BK)
             k = load_rows(keys_ptr, keys, k_stride, 0, E, BE, False)
             v = load_rows(values_ptr, keys, v_stride, 0, EV, BEV, False)
-            x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
+            x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI, PRECISION)
             x = mask_listed(x, POOL + base, j, count, first, last, lo, hi, BK)
             ds, p, _, sums = score_gradient(
-                x, v, do, delta, m, c, h, rows, keys, bh, SEED, keep_from, keep_scale, sums, ALPHA, HAS_DROPOUT, ALPHA_GRAD
-            )
+                x, v, do, delta, m, c, h, rows, keys, bh, SEED, keep_from, keep_scale, sums, ALPHA, PRECISION, HAS_DROPOUT,
+                ALPHA_GRAD,
+            )  # fmt: skip
             ds = ds.to(q.dtype)
-            dq += tl.dot(ds, k, input_precision="ieee")
+            dq += tl.dot(ds, k, input_precision=PRECISION)
             live = (j + tl.arange(0, BK) < count)[:, None]
             at = (kv_at + keys)[:, None]
-            dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * scale
+            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
             tl.atomic_add(DK_SUM + at * E + cols[None, :], dk, mask=live & (cols < E)[None, :], sem="relaxed")
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
             tl.atomic_add(DV_SUM + at * EV + cols_v[None, :], dv, mask=live & (cols_v < EV)[None, :], sem="relaxed")
     if count < 0:
         low, mid_start, mid_end, end = block_range(lo, hi, BD)
@@ -185,13 +188,13 @@ def backward_rows_kernel(
             dq, uk, rest, total, sums = add_range_tile(
                 dq, uk, rest, total, sums, q, do, keys_ptr, values_ptr, keymask, n, k_stride, v_stride, low, end, lo, hi, diag, delta,
                 m, c, h, x_scale, slope, rows, bh, SEED, keep_from, keep_scale,
-                ALPHA, E, BE, EV, BEV, BD, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, ALPHA_GRAD, True,
+                ALPHA, E, BE, EV, BEV, BD, HAS_KEYMASK, HAS_ALIBI, PRECISION, HAS_DROPOUT, ALPHA_GRAD, True,
             )  # fmt: skip
         for n in range(mid_start, mid_end, BD):
             dq, uk, rest, total, sums = add_range_tile(
                 dq, uk, rest, total, sums, q, do, keys_ptr, values_ptr, keymask, n, k_stride, v_stride, low, end, lo, hi, diag, delta,
                 m, c, h, x_scale, slope, rows, bh, SEED, keep_from, keep_scale,
-                ALPHA, E, BE, EV, BEV, BD, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, ALPHA_GRAD, False,
+                ALPHA, E, BE, EV, BEV, BD, HAS_KEYMASK, HAS_ALIBI, PRECISION, HAS_DROPOUT, ALPHA_GRAD, False,
             )  # fmt: skip
         bias = rest / tl.where(total > 0.0, total, 1.0)
         dq -= bias[:, None] * uk

@@ -35,9 +35,9 @@ def raw_units(q, x_scale, slope):
 
 
 @triton.jit
-def raw_scores(k, q_t, keys, diag, bias, HAS_ALIBI: tl.constexpr):
+def raw_scores(k, q_t, keys, diag, bias, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr):
     """Scores over the scale, (BN, BM): keys on the M side."""
-    s = tl.dot(k, q_t, input_precision="ieee")
+    s = tl.dot(k, q_t, input_precision=PRECISION)
     if HAS_ALIBI:
         s -= bias * tl.abs(diag[None, :] - keys[:, None]).to(tl.float32)
     return s
@@ -72,12 +72,12 @@ def fold_sums(x, GROUPS: tl.constexpr):
 def mark_tile(
     HITS, hits_stride, q_t, t_raw, K, KEYMASK, n, k_stride, low, end, diag, bias,
     E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
-    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Mark a tile that all rows see: its scores (BN, BM) and its marks, int32 (BN, BLOCKS)."""
     keys = n + tl.arange(0, BN)
     k = load_tile(K, n, k_stride, low, end, E, BE, BN, False)
-    s = raw_scores(k, q_t, keys, diag, bias, HAS_ALIBI)
+    s = raw_scores(k, q_t, keys, diag, bias, HAS_ALIBI, PRECISION)
     if HAS_KEYMASK:
         s = tl.where((tl.load(KEYMASK + keys, mask=keys < end, other=0) != 0)[:, None], s, float("-inf"))
     hit = any_not_negative(s - t_raw[None, :], BN, BLOCKS, ROWS)
@@ -90,7 +90,7 @@ def mark_columns(
     HITS, hits_stride, q, K, KEYMASK, k_stride, m, t_x, margin, width, follow, lo, hi, diag, x_scale, slope,
     low, mid_start, mid_end, end,
     E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write a byte a key for low <= key < end (rounded to tiles) and block of rows: is x above the threshold for some row?
 
@@ -110,7 +110,7 @@ def mark_columns(
         n = edge_tile(t, low, mid_start, mid_end, BN)
         keys = n + tl.arange(0, BN)
         k = load_tile(K, n, k_stride, low, end, E, BE, BN, True)
-        s = raw_scores(k, q_t, keys, diag, bias, HAS_ALIBI)
+        s = raw_scores(k, q_t, keys, diag, bias, HAS_ALIBI, PRECISION)
         s = tl.where(visible(keys[:, None], lo[None, :], hi[None, :]), s, float("-inf"))
         if HAS_KEYMASK:
             s = tl.where((tl.load(KEYMASK + keys, mask=keys < end, other=0) != 0)[:, None], s, float("-inf"))
@@ -127,7 +127,7 @@ def mark_columns(
             for n in range(start, stop, BN):
                 s, hit = mark_tile(
                     HITS, hits_stride, q_t, t_raw, K, KEYMASK, n, k_stride, low, end, diag, bias,
-                    E, BE, BN, BLOCKS, ROWS, HAS_KEYMASK, HAS_ALIBI,
+                    E, BE, BN, BLOCKS, ROWS, HAS_KEYMASK, HAS_ALIBI, PRECISION,
                 )  # fmt: skip
                 marked += hit
                 top = fold_keys(top, s, GROUPS)
@@ -137,7 +137,7 @@ def mark_columns(
         for n in range(mid_start, mid_end, BN):
             _, hit = mark_tile(
                 HITS, hits_stride, q_t, t_raw, K, KEYMASK, n, k_stride, low, end, diag, bias,
-                E, BE, BN, BLOCKS, ROWS, HAS_KEYMASK, HAS_ALIBI,
+                E, BE, BN, BLOCKS, ROWS, HAS_KEYMASK, HAS_ALIBI, PRECISION,
             )  # fmt: skip
             marked += hit
     tl.debug_barrier()
@@ -179,19 +179,35 @@ def compact(HITS, KEYMASK, POOL, TOP, pool_size, marked, limit, low, end, BLOCK:
 
 
 @triton.jit
-def score_margin(q, KEY_MAX, blocks, x_scale, slope, length, E: tl.constexpr, BLOCK: tl.constexpr):
+def row_size(x, PRECISION: tl.constexpr):
+    """Of each row of x (N, BE), fp32: max |x|, or for TF32 the norm; inf where an entry is NaN or infinite."""
+    top = tl.max(tl.abs(x), 1)
+    if PRECISION == "tf32":
+        unit = x / tl.where(top > 0.0, top, 1.0)[:, None]  # squares of very large or small numbers leave fp32's range
+        top *= tl.sqrt(tl.sum(unit * unit, 1))
+        top = tl.where(top == top, top, float("inf"))
+    return top
+
+
+@triton.jit
+def score_margin(
+    q, KEY_MAX, blocks, x_scale, slope, length, E: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """(margin in units of x (BM,), whether every key is finite): bounds how far two roundings of one score may differ.
 
-    Each lies within 2^-22 sum_d |q_d k_d| of the exact score, and the sum is at most E max|q| max|k|.
+    Each lies within 2^-22 sum_d |q_d k_d| of the exact score, and the sum is at most E max|q| max|k|. The tensor cores may drop TF32's
+    low bits in one product and round them in the other: then scores, and the threshold found from them, move by up to
+    2^-9 sum_d |q_d k_d| <= 2^-9 |q| |k| each.
     """
     k_max = 0.0
     for n in range(0, blocks, BLOCK):
         at = n + tl.arange(0, BLOCK)
         part = tl.load(KEY_MAX + at, mask=at < blocks, other=0.0)
         k_max = tl.maximum(k_max, tl.max(tl.where(part == part, part, float("inf")), 0))
-    q_max = tl.max(tl.abs(q.to(tl.float32)), 1)
+    q_max = row_size(q.to(tl.float32), PRECISION)
     finite = k_max < float("inf")
-    margin = q_max * (tl.where(finite, k_max, 0.0) * tl.abs(x_scale) * (E * 4.8e-7)) + 1e-6
+    share: tl.constexpr = 4e-3 if PRECISION == "tf32" else E * 4.8e-7
+    margin = q_max * (tl.where(finite, k_max, 0.0) * tl.abs(x_scale) * share) + 1e-6
     return margin + tl.abs(slope) * length.to(tl.float32) * 2.4e-7, finite
 
 
@@ -210,8 +226,9 @@ def key_max_kernel(
     E: tl.constexpr,
     BE: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """max |k| of each block of keys, (B * Hkv, blocks) fp32; NaN counts as inf. One program zeroes the counters of later kernels."""
+    """The largest :func:`row_size` of each block of keys, (B * Hkv, blocks) fp32. One program zeroes the counters of later kernels."""
     block = tl.program_id(0)
     bh = tl.program_id(1)
     if (block == 0) & (bh == 0):
@@ -221,4 +238,4 @@ def key_max_kernel(
     head = K + (bh // kv_heads).to(tl.int64) * k_batch + (bh % kv_heads).to(tl.int64) * k_head
     k = tl.abs(load_tile(head, block * KEY_BLOCK, k_stride, 0, kv_len, E, BE, KEY_BLOCK, True).to(tl.float32))
     k = tl.where(k == k, k, float("inf"))
-    tl.store(KEY_MAX + bh.to(tl.int64) * key_blocks + block, tl.max(tl.max(k, 1), 0))
+    tl.store(KEY_MAX + bh.to(tl.int64) * key_blocks + block, tl.max(row_size(k, PRECISION), 0))

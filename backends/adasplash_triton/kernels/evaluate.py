@@ -24,12 +24,13 @@ from adasplash_triton.kernels.primitives import (
 @triton.jit
 def range_scores(
     q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope,
-    E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, EDGE: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """x (BM, BN) of the tile of keys that starts at n, -inf where masked."""
     keys = n + tl.arange(0, BN)
     k = load_tile(K, n, k_stride, low, end, E, BE, BN, EDGE)
-    x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
+    x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI, PRECISION)
     if EDGE:
         x = tl.where(visible(keys[None, :], lo[:, None], hi[:, None]), x, float("-inf"))
     if HAS_KEYMASK:
@@ -42,7 +43,8 @@ def range_scores(
 def evaluate_range(
     q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, step,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, SUMS: tl.constexpr, COUNT: tl.constexpr, EDGES: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS: tl.constexpr, COUNT: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """(sum p, sum u, entries above the threshold, max x), each (BM,): the sums with ``SUMS``, the count with ``COUNT``, the max without
     ``SUMS``, otherwise 0. ``EDGES``: whether the edge tiles take part."""
@@ -54,13 +56,15 @@ def evaluate_range(
         for t in range(edge_tiles(low, mid_start, mid_end, end, BN)):
             n = edge_tile(t, low, mid_start, mid_end, BN)
             x = range_scores(
-                q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN, HAS_KEYMASK, HAS_ALIBI, True
-            )
+                q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN,
+                HAS_KEYMASK, HAS_ALIBI, PRECISION, True,
+            )  # fmt: skip
             f, s, above, top = add_tile(f, s, above, top, x, m, c, h, ALPHA, SUMS, COUNT)
     for n in range(mid_start, mid_end, step * BN):
         x = range_scores(
-            q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN, HAS_KEYMASK, HAS_ALIBI, False
-        )
+            q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN,
+            HAS_KEYMASK, HAS_ALIBI, PRECISION, False,
+        )  # fmt: skip
         f, s, above, top = add_tile(f, s, above, top, x, m, c, h, ALPHA, SUMS, COUNT)
     return f, s, above, top
 
@@ -166,7 +170,8 @@ def mask_listed(x, LIST, j, count, first, last, lo, hi, BK: tl.constexpr):
 @triton.jit
 def evaluate_list(
     q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope,
-    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(sum p, sum u) over a list: exact wherever the list holds every key above the threshold."""
     f = tl.zeros((BM,), tl.float32)
@@ -176,7 +181,7 @@ def evaluate_list(
         keys = ahead
         ahead = listed_keys(LIST, j + BK, count, BK)  # a tile early: the rows of K wait for their indices
         k = load_rows(K, keys, k_stride, 0, E, BE, False)
-        x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
+        x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI, PRECISION)
         x = mask_listed(x, LIST, j, count, first, last, lo, hi, BK)
         p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
         f += tl.sum(p, 1)

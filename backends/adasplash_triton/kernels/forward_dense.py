@@ -33,7 +33,7 @@ def forward_dense_kernel(
     shift, left, right, scale, keep_from, keep_scale, tol,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, MAX_STEPS: tl.constexpr,
-    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     GRAD: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     bh, block = block_of_program(q_blocks, spread)
@@ -54,18 +54,18 @@ def forward_dense_kernel(
                 zero = tl.zeros((BM,), tl.float32)
                 _, _, _, m = evaluate_range(
                     q, keys_ptr, keymask, k_stride, lo, hi, diag, zero, zero, h, x_scale, slope,
-                    low, mid_start, mid_end, end, 1, ALPHA, E, BE, BM, BD, HAS_KEYMASK, HAS_ALIBI, False, False, True,
+                    low, mid_start, mid_end, end, 1, ALPHA, E, BE, BM, BD, HAS_KEYMASK, HAS_ALIBI, PRECISION, False, False, True,
                 )  # fmt: skip
                 m = tl.where(m == float("-inf"), 0.0, m)
                 c = bounded_c(m, tl.load(T + row_at, mask=rows < q_len, other=0.0), h, ALPHA)
         c = solve_range(
             q, keys_ptr, keymask, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, tol, MAX_STEPS,
-            ALPHA, E, BE, BM, BD, HAS_KEYMASK, HAS_ALIBI,
+            ALPHA, E, BE, BM, BD, HAS_KEYMASK, HAS_ALIBI, PRECISION,
         )  # fmt: skip
         o, o2, sum_p, sum_u, support = output_range(
             q, keys_ptr, values_ptr, keymask, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope,
             low, mid_start, mid_end, end, rows, bh, SEED, keep_from, keep_scale,
-            ALPHA, E, BE, EV, BEV, BM, BD, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, GRAD,
+            ALPHA, E, BE, EV, BEV, BM, BD, HAS_KEYMASK, HAS_ALIBI, PRECISION, HAS_DROPOUT, GRAD,
         )  # fmt: skip
         store_result(
             OUT, O2, M, C, TAU, SUPPORT, q, o, o2, sum_p, sum_u, support, m, c, h, lo, hi, rows, bh, heads, q_len, out_head, out_row,

@@ -38,7 +38,7 @@ def forward_lists_kernel(
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, DENSE_PERCENT: tl.constexpr, LEAST: tl.constexpr, SWEEPS: tl.constexpr,
     LIST_GROUPS: tl.constexpr, MAX_STEPS: tl.constexpr,
-    LOADED: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    LOADED: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     GRAD: tl.constexpr, STATS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     bh, block = block_of_program(q_blocks, spread)
@@ -67,7 +67,7 @@ def forward_lists_kernel(
                 first, last = whole_entries(list_, count, lo, hi, BK)
                 f, s = sweep(
                     q, keys_ptr, list_, count, first, last, k_stride, lo, hi, diag, m, c, margin, h, x_scale, slope,
-                    ALPHA, E, BE, BM, BK, LIST_GROUPS, HAS_ALIBI,
+                    ALPHA, E, BE, BM, BK, LIST_GROUPS, HAS_ALIBI, PRECISION,
                 )  # fmt: skip
                 count = collect_marked(list_, count, list_, 1024)
                 c = tl.where((f > 1.0) & (f < float("inf")), newton_step(c, f, s, h, ALPHA), c)
@@ -83,17 +83,17 @@ def forward_lists_kernel(
                 o, o2, sum_p, sum_u, support, m, c, base, kept = on_chip(
                     q, keys_ptr, values_ptr, list_, count, k_stride, v_stride, lo, hi, diag, h, x_scale, slope, tol, MAX_STEPS,
                     rows, bh, SEED, keep_from, keep_scale, POOL, POOL_TOP, pool_size,
-                    ALPHA, E, BE, EV, BEV, BM, BS, HAS_ALIBI, HAS_DROPOUT, GRAD, KEEP,
+                    ALPHA, E, BE, EV, BEV, BM, BS, HAS_ALIBI, PRECISION, HAS_DROPOUT, GRAD, KEEP,
                 )  # fmt: skip
             else:
                 first, last = whole_entries(list_, count, lo, hi, BK)
                 c = solve_list(
                     q, keys_ptr, list_, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, tol, MAX_STEPS,
-                    ALPHA, E, BE, BM, BK, HAS_ALIBI,
+                    ALPHA, E, BE, BM, BK, HAS_ALIBI, PRECISION,
                 )  # fmt: skip
                 o, o2, sum_p, sum_u, support = output_list(
                     q, keys_ptr, values_ptr, list_, count, first, last, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope,
-                    rows, bh, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BK, HAS_ALIBI, HAS_DROPOUT, GRAD,
+                    rows, bh, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BK, HAS_ALIBI, PRECISION, HAS_DROPOUT, GRAD,
                 )  # fmt: skip
                 if KEEP:
                     tl.debug_barrier()

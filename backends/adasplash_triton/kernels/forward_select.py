@@ -44,7 +44,7 @@ def forward_select_kernel(
     ROWS: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr, SELECT_KEYS: tl.constexpr, SELECT_ROWS: tl.constexpr,
     SAMPLE: tl.constexpr, SAMPLE_STEPS: tl.constexpr, SAMPLE_WORTH: tl.constexpr, FOLLOW_SHARE: tl.constexpr,
     LIST_PERCENT: tl.constexpr, LEAST: tl.constexpr, SELECT_GROUPS: tl.constexpr,
-    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     bh, block = block_of_program((q_blocks + BLOCKS_PER_PROGRAM - 1) // BLOCKS_PER_PROGRAM, spread)
     keys_ptr = head_pointer(K, bh, heads, group, k_batch, k_head)
@@ -55,12 +55,13 @@ def forward_select_kernel(
     )  # fmt: skip
     low, mid_start, mid_end, end = block_range(lo, hi, SELECT_KEYS)
     key_max = KEY_MAX + ((bh // heads) * (heads // group) + bh % heads // group).to(tl.int64) * key_blocks
-    margin, finite = score_margin(q, key_max, key_blocks, x_scale, slope, tl.maximum(q_len, kv_len), E, 128)
+    margin, finite = score_margin(q, key_max, key_blocks, x_scale, slope, tl.maximum(q_len, kv_len), E, 128, PRECISION)
 
     zero = tl.zeros((SELECT_ROWS,), tl.float32)
     _, _, _, m = evaluate_range(
         q, keys_ptr, keymask, k_stride, lo, hi, diag, zero, zero, h, x_scale, slope,
-        low, mid_start, mid_end, end, SAMPLE, ALPHA, E, BE, SELECT_ROWS, SELECT_KEYS, HAS_KEYMASK, HAS_ALIBI, False, False, True,
+        low, mid_start, mid_end, end, SAMPLE, ALPHA, E, BE, SELECT_ROWS, SELECT_KEYS, HAS_KEYMASK, HAS_ALIBI, PRECISION,
+        False, False, True,
     )  # fmt: skip
     c = first_c(h, m, ALPHA)
     some = (lo < hi) & (m > float("-inf"))
@@ -76,7 +77,8 @@ def forward_select_kernel(
     while worth & (steps < COARSE_STEPS):
         f, s, above, _ = evaluate_range(
             q, keys_ptr, keymask, k_stride, lo, hi, diag, m_safe, c, h, x_scale, slope,
-            low, mid_start, mid_end, end, stride, ALPHA, E, BE, SELECT_ROWS, SELECT_KEYS, HAS_KEYMASK, HAS_ALIBI, True, True, False,
+            low, mid_start, mid_end, end, stride, ALPHA, E, BE, SELECT_ROWS, SELECT_KEYS, HAS_KEYMASK, HAS_ALIBI, PRECISION,
+            True, True, False,
         )  # fmt: skip
         c = tl.where(some & (f > 1.0), newton_step(c, f, s, h, ALPHA), c)
         share = tl.sum(tl.where(some, above, 0.0), 0) / (live * visited.to(tl.float32) + 1.0)
@@ -90,7 +92,7 @@ def forward_select_kernel(
         while steps < SAMPLE_STEPS:
             f, s, _, _ = evaluate_range(
                 q, keys_ptr, keymask, k_stride, lo, hi, diag, m_safe, c, h, x_scale, slope, low, mid_start, mid_end, end, stride,
-                ALPHA, E, BE, SELECT_ROWS, SELECT_KEYS, HAS_KEYMASK, HAS_ALIBI, True, False, False,
+                ALPHA, E, BE, SELECT_ROWS, SELECT_KEYS, HAS_KEYMASK, HAS_ALIBI, PRECISION, True, False, False,
             )  # fmt: skip
             c = tl.where(some & (f > 1.0), newton_step(c, f, s, h, ALPHA), c)
             steps += 1
@@ -114,7 +116,8 @@ def forward_select_kernel(
             follow = True
         marked, m, t_x = mark_columns(
             hits, hits_stride, q, keys_ptr, keymask, k_stride, m, t_x, margin, width, follow, lo, hi, diag, x_scale, slope,
-            low, mid_start, mid_end, end, E, BE, SELECT_KEYS, BLOCKS_PER_PROGRAM, ROWS, SELECT_GROUPS, HAS_KEYMASK, HAS_ALIBI,
+            low, mid_start, mid_end, end, E, BE, SELECT_KEYS, BLOCKS_PER_PROGRAM, ROWS, SELECT_GROUPS,
+            HAS_KEYMASK, HAS_ALIBI, PRECISION,
         )  # fmt: skip
         tl.store(T + row_at, t_x, mask=rows < q_len)
         if ALPHA < 15:

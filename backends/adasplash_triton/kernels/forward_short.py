@@ -36,7 +36,7 @@ def forward_short_kernel(
     keep_from, keep_scale, tol,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, TILES: tl.constexpr, MAX_STEPS: tl.constexpr,
-    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     GRAD: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % q_blocks
@@ -60,7 +60,7 @@ def forward_short_kernel(
         x = tl.full((BM, BT), float("-inf"), tl.float32)
         if (low < (i + 1) * BT) & (end > i * BT):
             keys = i * BT + tl.arange(0, BT)
-            x = scores(q, loaded[i], keys, diag, x_scale, slope, HAS_ALIBI)
+            x = scores(q, loaded[i], keys, diag, x_scale, slope, HAS_ALIBI, PRECISION)
             if (mid_start > i * BT) | (mid_end < (i + 1) * BT):
                 x = tl.where(visible(keys[None, :], lo[:, None], hi[:, None]), x, float("-inf"))
             if HAS_KEYMASK:
@@ -113,9 +113,9 @@ def forward_short_kernel(
                 p = p * keep
                 u = u * keep
             v = loaded[i]
-            o += tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            o += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             if GRAD:
-                o2 += tl.dot(u.to(v.dtype), v, input_precision="ieee")
+                o2 += tl.dot(u.to(v.dtype), v, input_precision=PRECISION)
     sum_p = tl.sum(ps, 1)
     sum_u = tl.sum(us, 1)
     store_result(

@@ -35,7 +35,7 @@ from adasplash_triton.kernels.primitives import (
 def sweep(
     q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, margin, h, x_scale, slope,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUPS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(sum p, sum u), each (BM,), at (m, c), which must lie at or below the solution. Marks the entries above that threshold."""
     q_t, bias, inverse, size = raw_units(q, x_scale, slope)
@@ -47,7 +47,7 @@ def sweep(
         keys = ahead
         ahead = listed_keys(LIST, j + BK, count, BK)
         k = load_rows(K, keys, k_stride, 0, E, BE, False)
-        raw = raw_scores(k, q_t, keys, diag, bias, HAS_ALIBI)
+        raw = raw_scores(k, q_t, keys, diag, bias, HAS_ALIBI, PRECISION)
         if (j < first) | (j + BK > last):
             again = listed_keys(LIST, j, count, BK)
             inside = (j + tl.arange(0, BK) < count)[:, None]
@@ -63,15 +63,17 @@ def sweep(
 @triton.jit
 def solve_list(
     q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, tol, max_steps,
-    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """c to a residual |sum p - 1| of at most ``tol``, after which one more step is taken."""
     steps = 0
     residual = 1.0
     while (residual > tol) & (steps < max_steps):
         f, s = evaluate_list(
-            q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, ALPHA, E, BE, BM, BK, HAS_ALIBI
-        )
+            q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, ALPHA, E, BE, BM, BK,
+            HAS_ALIBI, PRECISION,
+        )  # fmt: skip
         c = newton_step(c, f, s, h, ALPHA)
         residual = tl.max(tl.where((s > 0.0) & (lo < hi), tl.abs(f - 1.0), 0.0), 0)
         steps += 1
@@ -83,7 +85,7 @@ def output_list(
     q, K, V, LIST, count, first, last, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope,
     rows, head, SEED, keep_from, keep_scale,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
     """(O sum p, O2 sum u, sum p, sum u, support). Marks the entries that some row weighs."""
     o = tl.zeros((BM, BEV), tl.float32)
@@ -97,7 +99,7 @@ def output_list(
         ahead = listed_keys(LIST, j + BK, count, BK)
         k = load_rows(K, keys, k_stride, 0, E, BE, False)
         v = load_rows(V, keys, v_stride, 0, EV, BEV, False)
-        x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
+        x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI, PRECISION)
         x = mask_listed(x, LIST, j, count, first, last, lo, hi, BK)
         p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
         sum_p += tl.sum(p, 1)
@@ -109,9 +111,9 @@ def output_list(
             keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], keys[None, :], head)
             p = p * keep
             u = u * keep
-        o += tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        o += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         if GRAD:
-            o2 += tl.dot(u.to(v.dtype), v, input_precision="ieee")
+            o2 += tl.dot(u.to(v.dtype), v, input_precision=PRECISION)
     return o, o2, sum_p, sum_u, support
 
 
@@ -120,13 +122,13 @@ def on_chip(
     q, K, V, LIST, count, k_stride, v_stride, lo, hi, diag, h, x_scale, slope, tol, max_steps, rows, head, SEED, keep_from, keep_scale,
     POOL, POOL_TOP, pool_size,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr, KEEP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """(O sum p, O2 sum u, sum p, sum u, support, m, c, base, kept) of a list of at most BS keys. With ``KEEP`` the ``kept`` keys that
     some row weighs stand in the pool from ``base`` on; -1 if it is full."""
     keys = listed_keys(LIST, 0, count, BS)
     k = load_rows(K, keys, k_stride, 0, E, BE, False)
-    x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI)
+    x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI, PRECISION)
     x = mask_listed(x, LIST, 0, count, 1, 0, lo, hi, BS)
     m, c = solve_tile(x, h, tol, max_steps, ALPHA)
     v = load_rows(V, keys, v_stride, 0, EV, BEV, False)
@@ -149,9 +151,9 @@ def on_chip(
         keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], keys[None, :], head)
         p = p * keep
         u = u * keep
-    o = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     if GRAD:
-        o2 = tl.dot(u.to(v.dtype), v, input_precision="ieee")
+        o2 = tl.dot(u.to(v.dtype), v, input_precision=PRECISION)
     else:
         o2 = tl.zeros((BM, BEV), tl.float32)
     return o, o2, sum_p, sum_u, support, m, c, base, kept

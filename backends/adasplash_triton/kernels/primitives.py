@@ -246,9 +246,9 @@ def store_rows(X, x, rows, stride, limit, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI: tl.constexpr):
+def scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr):
     """x (BM, BN) of q (BM, BD) and k (BN, BD): fp32, scaled after the product so that q is not rounded."""
-    x = tl.dot(q, tl.trans(k), input_precision="ieee") * x_scale
+    x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * x_scale
     if HAS_ALIBI:
         x -= slope * tl.abs(diag[:, None] - keys[None, :]).to(tl.float32)
     return x

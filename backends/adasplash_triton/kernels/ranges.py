@@ -14,7 +14,7 @@ from adasplash_triton.kernels.primitives import dropout_factor, edge_tile, edge_
 def solve_range(
     q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, tol, max_steps,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """c to a residual |sum p - 1| of at most ``tol``, after which one more step is taken; m need only be near the row max."""
     steps = 0
@@ -22,7 +22,7 @@ def solve_range(
     while (residual > tol) & (steps < max_steps):
         f, s, _, _ = evaluate_range(
             q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, 1,
-            ALPHA, E, BE, BM, BN, HAS_KEYMASK, HAS_ALIBI, True, False, True,
+            ALPHA, E, BE, BM, BN, HAS_KEYMASK, HAS_ALIBI, PRECISION, True, False, True,
         )  # fmt: skip
         live = (s > 0.0) & (lo < hi)
         c = tl.where(live, newton_step(c, f, s, h, ALPHA), c)
@@ -36,10 +36,11 @@ def output_range_tile(
     q, K, V, KEYMASK, n, k_stride, v_stride, low, end, lo, hi, diag, m, c, h, x_scale, slope,
     o, o2, sum_p, sum_u, support, rows, head, SEED, keep_from, keep_scale,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BN: tl.constexpr,
-    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr, EDGE: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     x = range_scores(
-        q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN, HAS_KEYMASK, HAS_ALIBI, EDGE
+        q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN, HAS_KEYMASK, HAS_ALIBI, PRECISION, EDGE
     )
     v = load_tile(V, n, v_stride, low, end, EV, BEV, BN, EDGE)
     p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
@@ -50,9 +51,9 @@ def output_range_tile(
         keep = dropout_factor(tl.load(SEED), keep_from, keep_scale, rows[:, None], (n + tl.arange(0, BN))[None, :], head)
         p = p * keep
         u = u * keep
-    o += tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    o += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     if GRAD:
-        o2 += tl.dot(u.to(v.dtype), v, input_precision="ieee")
+        o2 += tl.dot(u.to(v.dtype), v, input_precision=PRECISION)
     return o, o2, sum_p, sum_u, support
 
 
@@ -61,7 +62,7 @@ def output_range(
     q, K, V, KEYMASK, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end,
     rows, head, SEED, keep_from, keep_scale,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
     """(O sum p, O2 sum u, sum p, sum u, support)."""
     o = tl.zeros((BM, BEV), tl.float32)
@@ -73,11 +74,13 @@ def output_range(
         n = edge_tile(t, low, mid_start, mid_end, BN)
         o, o2, sum_p, sum_u, support = output_range_tile(
             q, K, V, KEYMASK, n, k_stride, v_stride, low, end, lo, hi, diag, m, c, h, x_scale, slope, o, o2, sum_p, sum_u, support,
-            rows, head, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BN, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, GRAD, True,
+            rows, head, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BN, HAS_KEYMASK, HAS_ALIBI, PRECISION,
+            HAS_DROPOUT, GRAD, True,
         )  # fmt: skip
     for n in range(mid_start, mid_end, BN):
         o, o2, sum_p, sum_u, support = output_range_tile(
             q, K, V, KEYMASK, n, k_stride, v_stride, low, end, lo, hi, diag, m, c, h, x_scale, slope, o, o2, sum_p, sum_u, support,
-            rows, head, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BN, HAS_KEYMASK, HAS_ALIBI, HAS_DROPOUT, GRAD, False,
+            rows, head, SEED, keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BN, HAS_KEYMASK, HAS_ALIBI, PRECISION,
+            HAS_DROPOUT, GRAD, False,
         )  # fmt: skip
     return o, o2, sum_p, sum_u, support

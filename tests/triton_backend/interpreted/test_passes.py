@@ -16,6 +16,7 @@ from adasplash_core.testing import oracle
 from adasplash_triton import operands
 from adasplash_triton.backend import TritonBackend
 from adasplash_triton.configs import LIST_ROWS
+from tests.triton_backend.precision import tf32
 
 BACKEND = TritonBackend()
 SMALL = {
@@ -186,3 +187,14 @@ def test_huge_scores_select_one_key() -> None:
 
 def test_two_blocks_of_rows_a_program() -> None:
     check(make_call(*draw(150, 200, spread=4), is_causal=True, return_stats=True), **SMALL, select_blocks=2)
+
+
+@pytest.mark.parametrize("path", ["lists", "dense", "short_sequences"])
+def test_with_tf32_allowed_every_path_is_right(path: str) -> None:
+    """The interpreter multiplies exactly all the same: what is left are TF32's wider margins and other tiles."""
+    kept = {"lists": 4.0, "dense": 0.1, "short_sequences": 1.0}
+    call = make_call(*draw(64, 300, spread=kept[path]), return_stats=True)
+    with tf32():
+        found = check(call, **({} if path == "short_sequences" else SMALL))
+    if path != "short_sequences":
+        assert bool((lengths(found) >= 0).all()) == (path == "lists")
