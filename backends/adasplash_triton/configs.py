@@ -60,9 +60,13 @@ class BackwardConfig(KernelConfig):
 
 
 def short_length(head_dim: int, head_dim_v: int, itemsize: int) -> int:
-    """Key lengths up to this keep whole rows of scores on chip; 0: none. Independent of configs: forward and backward must agree."""
+    """Key lengths up to this keep whole rows of scores on chip; 0: none. Independent of configs: forward and backward must agree.
+
+    K and V of this length fit a small GPU's 99 KB beside the queries.
+    """
     row = _padded(max(head_dim, head_dim_v)) * itemsize
-    return 512 if row <= 128 else 256 if row <= 256 else 0
+    most = 512 if row <= 128 else 256 if row <= 256 else 0
+    return most // 2 if itemsize == 4 else most
 
 
 def _padded(head_dim: int) -> int:
@@ -174,6 +178,11 @@ def for_tf32(config: KernelConfig, spec: AttentionSpec, device: DeviceInfo) -> K
     time; so a default that was made for products without tensor cores is exchanged here, and any other stays."""
     default = default_forward if isinstance(config, ForwardConfig) else default_backward
     return default(spec, device, "tf32") if config == default(spec, device) else config
+
+
+def default_for_tf32(config: KernelConfig, spec: AttentionSpec, device: DeviceInfo) -> KernelConfig:
+    """TF32's default for the pass that ``config`` is for."""
+    return (default_forward if isinstance(config, ForwardConfig) else default_backward)(spec, device, "tf32")
 
 
 def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardConfig]:

@@ -20,7 +20,8 @@ import torch
 
 from adasplash_core.backend import AttentionCall, ForwardResult, Gradients
 from adasplash_core.device import device_info
-from adasplash_triton.configs import LIST_ROWS, BackwardConfig, ForwardConfig, Precision, for_tf32
+from adasplash_core.errors import ConfigRejectedError
+from adasplash_triton.configs import LIST_ROWS, BackwardConfig, ForwardConfig, Precision, default_for_tf32, for_tf32
 from adasplash_triton.kernels.backward_keys import backward_keys_kernel
 from adasplash_triton.kernels.backward_rows import backward_rows_kernel
 from adasplash_triton.kernels.columns import key_max_kernel
@@ -77,17 +78,27 @@ def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.
 def _run(
     programs: Programs, build: Callable[[AttentionCall, Table, Precision], Program], call: AttentionCall, table: Table
 ) -> None:
-    precision = precision_of(call)
+    precision, device = precision_of(call), call.query.device
     if precision == "tf32":
-        call = replace(call, config=for_tf32(call.config, call.spec, device_info(call.query.device)))
+        call = replace(call, config=for_tf32(call.config, call.spec, device_info(device)))
     key = describe(call, table, precision)
     program = programs.find(key)
     if program is not None:
-        program(table, call.query.device)
-    else:
+        program(table, device)
+        return
+    inputs = dict(table)
+    try:
         program = build(call, table, precision)
-        program(table, call.query.device)
-        programs.keep(key, program)  # one whose kernels do not run is not kept
+        program(table, device)
+    except ConfigRejectedError:
+        if precision == "ieee" or (config := default_for_tf32(call.config, call.spec, device_info(device))) == call.config:
+            raise
+        # Tuned for exact products, whose tiles may be larger than TF32's can be: that says nothing against the config.
+        table.clear()
+        table.update(inputs)
+        program = build(replace(call, config=config), table, precision)
+        program(table, device)
+    programs.keep(key, program)  # one whose kernels do not run is not kept
 
 
 # -- what is kept for the backward ------------------------------------------------------------------------------------------------

@@ -71,6 +71,14 @@ def test_float32_on_a_small_gpu() -> None:
     check("sm_86", launches("sm_86", dim=128, dtype=torch.float32), most_stack=None)
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 32)])
+def test_the_longest_short_sequences_on_a_small_gpu(dtype: torch.dtype, dim: int) -> None:
+    length = configs.short_length(dim, dim, dtype.itemsize)
+    (forward, *_) = launches("sm_86", length=length, dim=dim, dtype=dtype)
+    assert forward.kernel.__name__ == "forward_short_kernel"
+    check("sm_86", [forward], most_stack=None)
+
+
 @pytest.mark.parametrize(
     ("target", "dim", "length"), [("sm_80", 64, 1024), ("sm_80", 128, 1024), ("sm_90", 128, 1024), ("sm_90", 64, 256)]
 )

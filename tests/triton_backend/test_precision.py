@@ -10,7 +10,8 @@ import torch
 
 from adasplash_core.backend import AttentionCall
 from adasplash_core.call import make_call
-from adasplash_core.device import DeviceInfo
+from adasplash_core.device import DeviceInfo, device_info
+from adasplash_core.errors import ConfigRejectedError
 from adasplash_triton import aot, configs, launch
 from adasplash_triton.backend import TritonBackend
 from adasplash_triton.operands import describe, inputs_of, precision_of
@@ -107,6 +108,32 @@ def test_the_setting_takes_effect_at_once_and_both_programs_are_kept(monkeypatch
     used = [{step.arguments["PRECISION"] for step in program.steps} for program in ran]
     assert used == [{"ieee"}, {"tf32"}, {"tf32"}, {"ieee"}] * 2
     assert ran[:4] == ran[4:]  # programs are compared by identity
+
+
+def test_a_config_tuned_for_exact_products_that_does_not_fit_tf32_gives_way_and_is_not_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tuned = configs.ForwardConfig(dense_keys=128, dense_stages=4)
+    tried: list[int] = []
+
+    def run(self: Program, table: Table, device: torch.device) -> None:
+        (keys,) = {step.arguments["BD"] for step in self.steps if step.kernel.__name__ == "forward_dense_kernel"}
+        tried.append(keys)
+        if keys == 128:
+            raise ConfigRejectedError("triton", tuned, "out of resource: shared memory")
+        table.update({x.role: x.allocate(device) for x in self.outputs})
+
+    monkeypatch.setattr(Program, "__call__", run)
+    monkeypatch.setattr(launch, "_forwards", Programs())
+    call = dataclasses.replace(call_of(), config=tuned)
+    with tf32():
+        BACKEND.forward(call)
+        BACKEND.forward(call)  # the program that runs was kept
+    default = configs.default_for_tf32(tuned, call.spec, device_info("cpu"))
+    assert isinstance(default, configs.ForwardConfig)
+    assert tried == [128, default.dense_keys, default.dense_keys]
+    with pytest.raises(ConfigRejectedError):
+        BACKEND.forward(call)
 
 
 def test_descriptions_of_half_precision_do_not_follow_the_setting() -> None:
