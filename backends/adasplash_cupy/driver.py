@@ -12,7 +12,7 @@ import threading
 from functools import cache
 from typing import Any
 
-_INVALID_CONTEXT = 201
+INVALID_CONTEXT = 201
 _REJECTED = {
     1: "a value that the device does not take",
     200: "not an image for this device",
@@ -92,7 +92,7 @@ def failed(status: int, index: int) -> None:
     ------
     DriverError: for any error but that the calling thread has not used the device yet.
     """
-    if status != _INVALID_CONTEXT:
+    if status != INVALID_CONTEXT:
         raise DriverError("launch a kernel", status)
     enter_context(index)
 

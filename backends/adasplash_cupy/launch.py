@@ -261,7 +261,7 @@ def _maps(query: torch.Tensor, key: torch.Tensor) -> tuple[tuple[str, TensorMap]
             return None
         try:
             for _, of in maps:
-                encode(of)  # asks the driver once
+                encode(of, query.get_device())  # asks the driver once
         except RuntimeError as error:
             warnings.warn(f"Hopper's kernel does not take this call, a slower one runs instead: {error}", AdasplashWarning, 2)
             return None

@@ -66,7 +66,7 @@ class DriverRun:
         if program.zeroed is not None:
             (role, offset), words = program.zeroed
             self.zeroed = (places[role], offset, ctypes.c_size_t(words))
-        self.encoders = [(places[role], Encoder(of)) for step in program.steps for role, of in step.maps]
+        self.encoders = [(places[role], Encoder(of, index)) for step in program.steps for role, of in step.maps]
         self.steps = [
             (handle, *step.blocks, step.instance.threads, 1, 1, step.instance.shared_bytes + step.more_shared_bytes)
             for handle, step in zip(handles, program.steps, strict=True)

@@ -10,6 +10,8 @@ from functools import cache
 
 import torch
 
+from adasplash_cupy import driver
+
 BYTES = 128
 ALIGNMENT = 64
 """Of the encoded map in memory."""
@@ -58,10 +60,10 @@ def reason_against() -> str | None:
 
 
 class Encoder:
-    """Writes maps of tensors that differ in their address alone."""
+    """Writes maps of tensors on one device that differ in their address alone."""
 
-    def __init__(self, of: TensorMap) -> None:
-        self.of = of
+    def __init__(self, of: TensorMap, index: int) -> None:
+        self.of, self.index = of, index
         self.before = (_DTYPES[of.dtype], len(of.lengths))
         self.after = (
             (ctypes.c_uint64 * 4)(*of.lengths),
@@ -81,12 +83,16 @@ class Encoder:
         ------
         RuntimeError: if the driver refuses, which says that :func:`tensor_map` accepts what it should not.
         """
-        if status := _driver()(to, *self.before, address, *self.after):
+        status = _driver()(to, *self.before, address, *self.after)
+        if status == driver.INVALID_CONTEXT:  # a thread that has not used the device yet
+            driver.enter_context(self.index)
+            status = _driver()(to, *self.before, address, *self.after)
+        if status:
             raise RuntimeError(f"cuTensorMapEncodeTiled refuses {self.of} with error {status}")
 
 
-def encode(of: TensorMap) -> bytes:
-    """The map's bytes, as kernels take them.
+def encode(of: TensorMap, index: int) -> bytes:
+    """The map's bytes, as kernels on the device of this number take them.
 
     Raises
     ------
@@ -94,7 +100,7 @@ def encode(of: TensorMap) -> bytes:
     """
     memory = ctypes.create_string_buffer(BYTES + ALIGNMENT)
     start = -ctypes.addressof(memory) % ALIGNMENT
-    Encoder(of)(ctypes.addressof(memory) + start, of.address)
+    Encoder(of, index)(ctypes.addressof(memory) + start, of.address)
     return memory.raw[start : start + BYTES]
 
 

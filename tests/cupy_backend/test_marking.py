@@ -363,9 +363,9 @@ def test_the_driver_encodes_maps(status: int, monkeypatch: pytest.MonkeyPatch) -
     assert of is not None
     if status:
         with pytest.raises(RuntimeError, match="error 1"):
-            tensor_maps.encode(of)
+            tensor_maps.encode(of, 0)
         return
-    assert tensor_maps.encode(of) == bytes([7]) * 128
+    assert tensor_maps.encode(of, 0) == bytes([7]) * 128
     assert asked == {
         "aligned": True,
         "dtype": 9,  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16

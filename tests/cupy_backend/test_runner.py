@@ -63,6 +63,7 @@ class FakeDriver:
         self.filled: list[tuple[int, int, int, int]] = []
         self.entered: list[int] = []
         self.encoded: list[int] = []
+        self.strangers = 0  # calls to come from a thread without a context
         self.answers: list[int] = []  # to the next launches, then 0
         self.during: Callable[[], None] = lambda: None
 
@@ -187,6 +188,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     monkeypatch.setattr(launch, "prepare", runner.prepare)
 
     def encode(to: int, _dtype: int, _rank: int, address: int, *_: Any) -> int:
+        if machine.driver.strangers:
+            machine.driver.strangers -= 1
+            return INVALID_CONTEXT
         machine.driver.encoded.append(address)
         ctypes.memmove(to, address.to_bytes(128, "little"), 128)
         assert to % 64 == 0
@@ -297,6 +301,19 @@ def test_calls_that_overlap_write_their_parameters_to_memory_of_their_own(machin
     for _ in range(5):
         run(program, q=first)
     assert len(program.run.spare) == 2, "memory is used again"  # type: ignore[attr-defined]
+
+
+def test_a_thread_that_has_not_used_the_device_enters_it_to_encode(machine: Machine) -> None:
+    x = torch.zeros(1, 1, 128, 64, dtype=torch.float16)
+    of = tensor_map(x)
+    assert of is not None
+    machine.driver.strangers = 1
+    encoded = tensor_maps.encode(of, 3)
+    assert int.from_bytes(encoded, "little") == x.data_ptr()
+    assert machine.driver.entered == [100 + 3]
+    machine.driver.strangers = 2
+    with pytest.raises(RuntimeError, match="error 201"):
+        tensor_maps.encode(of, 3)
 
 
 def test_maps_are_encoded_again_where_a_tensor_moves(machine: Machine) -> None:
