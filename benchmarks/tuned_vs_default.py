@@ -135,16 +135,22 @@ def main() -> int:
             else:
                 result.rows.append(row)
                 print(f"{row.shape} {row.pass_}: {row.ratio:.3f}", file=sys.stderr)
+        table = write(result, options)  # after each shape: what ends a run early loses no more than one
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    print(table)
+    return 0 if result.ok else 1
+
+
+def write(result: Result, options: argparse.Namespace) -> str:
+    """Both files, named by the card; returns the table."""
     result.summarise()
     table = markdown(result, [f"--shapes {' '.join(map(repr, options.shapes))}"] if options.shapes else [])
-    print(table)
-    name = "tuned_vs_default_" + re.sub(r"\W+", "_", device.name.lower()).strip("_")
+    name = "tuned_vs_default_" + re.sub(r"\W+", "_", result.device["name"].lower()).strip("_")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{name}.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
     (options.out / f"{name}.md").write_text(table, encoding="utf-8")
-    return 0 if result.ok else 1
+    return table
 
 
 def measure(shape: Shape, passes: Sequence[Pass], device_name: str, rounds: int, seed: int) -> Iterator[Row | str]:
@@ -246,12 +252,14 @@ def markdown(result: Result, arguments: Sequence[str]) -> str:
             f"| {row.shape} | {row.backend} {row.pass_}{config} | {row.default_ms:.3g} | {row.tuned_ms:.3g} | **{row.ratio:.2f}** "
             f"| {low:.2f} to {high:.2f} | {classes} |"
         )
-    shapes = len(result.totals)
-    lines += [
-        "",
-        f"{shapes} shapes, all passes of each together: geometric mean {result.geometric_mean:.3f}, lowest "
-        f"{min(result.totals.values()):.3f}. Of the {len(result.rows)} passes the lowest {min(row.ratio for row in result.rows):.3f}.",
-    ]
+    if result.rows:
+        totals, lowest = result.totals, min(row.ratio for row in result.rows)
+        lines += [
+            "",
+            f"{len(totals)} shapes, all passes of each together: geometric mean {result.geometric_mean:.3f}, lowest "
+            f"{min(totals.values()):.3f} ({'; '.join(f'{shape} {ratio:.2f}' for shape, ratio in totals.items())}). "
+            f"Of the {len(result.rows)} passes the lowest {lowest:.3f}.",
+        ]
     lines += [f"\nNot tuned: {text}" for text in result.not_tuned]
     return "\n".join(lines) + "\n"
 
