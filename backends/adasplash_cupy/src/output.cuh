@@ -29,30 +29,32 @@ DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename 
                       bool count, Sums<S>& sums, float (&o)[C][4], float (&o2)[C][4]) {
     bool dropout = S::is(DROPOUT) && x.p.seed != nullptr, grad = S::is(GRAD) && x.p.o2 != nullptr;
     u32 bits = 0;
+    x.entmax.choose([&](auto chosen) {
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-        float p[2][4], u[2][4];
+        for (int n = 0; n < N; n += 2) {
+            float p[2][4], u[2][4];
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
+            for (int j = 0; j < 2; ++j)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int r = i / 2;
-                x.entmax.weigh(a[n + j][i], at[r], p[j][i], u[j][i]);
-                if (count) {
-                    sums.p[r] += p[j][i];
-                    sums.u[r] += u[j][i];
-                    sums.support[r] += p[j][i] > 0.f;
-                    if (u[j][i] != 0.f) bits |= 1u << (2 * (n + j) + i % 2);
+                for (int i = 0; i < 4; ++i) {
+                    int r = i / 2;
+                    chosen.weigh(a[n + j][i], at[r], p[j][i], u[j][i]);
+                    if (count) {
+                        sums.p[r] += p[j][i];
+                        sums.u[r] += u[j][i];
+                        sums.support[r] += p[j][i] > 0.f;
+                        if (u[j][i] != 0.f) bits |= 1u << (2 * (n + j) + i % 2);
+                    }
+                    if (S::is(DROPOUT) && dropout) {
+                        float keep = x.keep(r, index[(n + j) * 8 + lane() % 4 * 2 + i % 2]);
+                        p[j][i] *= keep;
+                        u[j][i] *= keep;
+                    }
                 }
-                if (S::is(DROPOUT) && dropout) {
-                    float keep = x.keep(r, index[(n + j) * 8 + lane() % 4 * 2 + i % 2]);
-                    p[j][i] *= keep;
-                    u[j][i] *= keep;
-                }
-            }
-        multiply_weights<typename S::T, S::PV>(o, p, v + n * 8 * S::PV);
-        if (S::is(GRAD) && grad) multiply_weights<typename S::T, S::PV>(o2, u, v + n * 8 * S::PV);
-    }
+            multiply_weights<typename S::T, S::PV>(o, p, v + n * 8 * S::PV);
+            if (S::is(GRAD) && grad) multiply_weights<typename S::T, S::PV>(o2, u, v + n * 8 * S::PV);
+        }
+    });
     return bits;
 }
 
@@ -121,14 +123,16 @@ DEVICE void store_states(const Block<S>& x, const Sums<S>& sums, const float (&m
 template <class S, int N>
 DEVICE u32 weighed_columns(const Block<S>& x, const float (&a)[N][4], const Point (&at)[2]) {
     u32 bits = 0;
+    x.entmax.choose([&](auto chosen) {
 #pragma unroll
-    for (int n = 0; n < N; ++n)
+        for (int n = 0; n < N; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float p, u;
-            x.entmax.weigh(a[n][i], at[i / 2], p, u);
-            if (u != 0.f) bits |= 1u << (2 * n + i % 2);
-        }
+            for (int i = 0; i < 4; ++i) {
+                float p, u;
+                chosen.weigh(a[n][i], at[i / 2], p, u);
+                if (u != 0.f) bits |= 1u << (2 * n + i % 2);
+            }
+    });
     return bits;
 }
 

@@ -67,16 +67,17 @@ DEVICE float renewed(float x) {
     return x;
 }
 
-// max(x, 0), but NaN for NaN.
-DEVICE float positive(float x) {
+// The larger of two numbers, but NaN where x is.
+DEVICE float at_least(float x, float least) {
 #if __CUDA_ARCH__ >= 800
     float y;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(least));
     return y;
 #else
-    return x <= 0.f ? 0.f : x;
+    return x <= least ? least : x;
 #endif
 }
+DEVICE float positive(float x) { return at_least(x, 0.f); }
 
 DEVICE float exp2_fast(float x) {
     float y;
