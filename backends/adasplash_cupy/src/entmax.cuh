@@ -114,11 +114,11 @@ struct Entmax {
     // The next c from f = sum p and s = sum u; c itself where the row is empty.
     DEVICE float newton(float c, float f, float s) const {
         if (!(s > 0.f)) return s != s ? s : c;
-        if (is(SQUARE)) return c - (f - sqrtf(f)) / s;
-        if (is(LINEAR)) return c - (f - 1.f) / s;
+        if (is(SQUARE)) return c - divide(f - (sizeof(T) == 2 ? ptx::sqrt_fast(f) : sqrtf(f)), s);
+        if (is(LINEAR)) return c - divide(f - 1.f, s);
         // Beyond float32 some score is over the threshold by far, and the root is farther than this.
         if (f == INFINITE) return c + unit() * expm1_ratio(64.f, h);
-        return c - unit() * (f * expm1_ratio(-logf(fmaxf(f, 1e-30f)), h) / s);
+        return c - unit() * divide(f * expm1_ratio(-logf(fmaxf(f, 1e-30f)), h), s);
     }
 
     // tau in units of x; -inf where every key counts (alpha = 1).
@@ -137,6 +137,8 @@ struct Entmax {
     DEVICE float tau(float m, float c) const { return !is(POWER) ? m - c : rate > 0.f ? rate * (m + c) - 1.f : m + c; }
 
 private:
+    DEVICE static float divide(float x, float by) { return sizeof(T) == 2 ? ptx::divide_fast(x, by) : x / by; }
+
     // From t of the head: two special functions an entry. What the logarithm rounds, 2^-22 / h, is below half precision.
     DEVICE void weigh_base(float t, float& p, float& u) const {
         t = ptx::positive(t);

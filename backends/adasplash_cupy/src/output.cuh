@@ -23,6 +23,44 @@ struct Sums {
     }
 };
 
+// o += p V and, where `grad`, o2 += u V, over 16 keys whose weights are packed as the tensor cores take them.
+template <class S, int C>
+DEVICE void multiply_packed(float (&o)[C][4], float (&o2)[C][4], const u32 (&p)[4], const u32 (&u)[4], const typename S::T* v,
+                            bool grad) {
+    using T = typename S::T;
+    const T* row = v + lane() % 16 * S::PV + lane() / 16 * 8;
+#pragma unroll
+    for (int n = 0; n < C; n += 2) {
+        u32 part[4];
+        ptx::load_matrices_transposed(part, row + n * 8);
+        ptx::multiply_add<T>(o[n], p, part[0], part[1]);
+        ptx::multiply_add<T>(o[n + 1], p, part[2], part[3]);
+        if (S::is(GRAD) && grad) {
+            ptx::multiply_add<T>(o2[n], u, part[0], part[1]);
+            ptx::multiply_add<T>(o2[n + 1], u, part[2], part[3]);
+        }
+    }
+}
+
+// As multiply_weights of each, with V loaded once.
+template <class S, int C>
+DEVICE void multiply_weights(float (&o)[C][4], float (&o2)[C][4], const float (&p)[2][4], const float (&u)[2][4],
+                             const typename S::T* v, bool grad) {
+    using T = typename S::T;
+    if constexpr (sizeof(T) == 2 && S::is(GRAD)) {
+        u32 packed_p[4], packed_u[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            packed_p[i] = ptx::pack<T>(p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1]);
+            packed_u[i] = ptx::pack<T>(u[i / 2][i % 2 * 2], u[i / 2][i % 2 * 2 + 1]);
+        }
+        multiply_packed<S>(o, o2, packed_p, packed_u, v, grad);
+    } else {
+        multiply_weights<T, S::PV>(o, p, v);
+        if (S::is(GRAD) && grad) multiply_weights<T, S::PV>(o2, u, v);
+    }
+}
+
 // Adds the scores a of N tiles of 8 keys to (O, O2); returns the bits of the columns that some row weighs, for mark_columns.
 template <class S, int N, int C>
 DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename S::T* v, const int* index, const Point (&at)[2],
@@ -51,8 +89,7 @@ DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename 
                         u[j][i] *= keep;
                     }
                 }
-            multiply_weights<typename S::T, S::PV>(o, p, v + n * 8 * S::PV);
-            if (S::is(GRAD) && grad) multiply_weights<typename S::T, S::PV>(o2, u, v + n * 8 * S::PV);
+            multiply_weights<S>(o, o2, p, u, v + n * 8 * S::PV, grad);
         }
     });
     return bits;

@@ -89,6 +89,17 @@ DEVICE float log2_fast(float x) {
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// To 2^-22 of the result.
+DEVICE float sqrt_fast(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float divide_fast(float x, float by) {
+    float y;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(by));
+    return y;
+}
 
 // -- element types ------------------------------------------------------------------------------------------------------------
 
