@@ -150,6 +150,7 @@ forward_short(PARAMS p) {
     ShortTiles<S> shared;
     Block<S> x(p, ptx::block_x() / blocks, blocks - 1 - ptx::block_x() % blocks);
     copy_rows<T, S::BE, SHORT_ROWS>(shared.q, x.q(), p.q_row, p.head_dim, x.block * SHORT_ROWS, p.q_len);
+    ptx::commit_copies();
     x.find_rows(shared.scratch, x.block * SHORT_ROWS + pair * 16);
     for (int i = ptx::thread(); i < 2 * S::BN; i += THREADS) {
         int key = x.low + i;
@@ -229,12 +230,22 @@ forward_short(PARAMS p) {
 
     Point at[2] = {x.entmax.point(0.f, c[0]), x.entmax.point(0.f, c[1])};
     Sums<S> sums;
-    float mine[2][2], all[2][2];
+    auto finish_sums = [&] {
+        sums.finish();
+        float mine[2][2] = {{sums.p[0], sums.u[0]}, {sums.p[1], sums.u[1]}}, all[2][2];
+        float counts[2][2] = {{static_cast<float>(sums.support[0]), 0.f}, {static_cast<float>(sums.support[1]), 0.f}}, both[2][2];
+        exchange.sum(mine, all);
+        exchange.sum(counts, both);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) sums.p[r] = all[r][0], sums.u[r] = all[r][1], sums.support[r] = static_cast<int>(both[r][0]);
+        if (half == 0) store_states(x, sums, m, c);
+    };
     constexpr bool PACKED = sizeof(T) == 2;
     if constexpr (PACKED) {
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
             if (step < steps) pack_weights(x, a[step][0], shared.index + step * TILE + half * SPAN, at, sums);
+        finish_sums();
     }
     float o[C][4], o2[C][4];
     clear(o);
@@ -253,20 +264,9 @@ forward_short(PARAMS p) {
             add_output(x, a[step][0], v, shared.index + step * TILE + half * SPAN, at, true, sums, o, o2);
         }
     });
-    sums.finish();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) mine[r][0] = static_cast<float>(sums.support[r]), mine[r][1] = 0.f;
-    exchange.sum(mine, all);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sums.support[r] = static_cast<int>(all[r][0]);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) mine[r][0] = sums.p[r], mine[r][1] = sums.u[r];
-    exchange.sum(mine, all);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sums.p[r] = all[r][0], sums.u[r] = all[r][1];
-    if (half == 0) store_states(x, sums, m, c);
-    // Each warp of a row finishes half of the columns. The other half of its sums goes through shared memory, where the tiles were:
-    // the exchange passed a barrier since they were read.
+    if constexpr (!PACKED) finish_sums();
+    ptx::sync();  // the tiles are read
+    // Each warp of a row finishes half of the columns. The other half of its sums goes through shared memory, where the tiles were.
     float* part = reinterpret_cast<float*>(shared.tiles) + pair * 32 * 8 * C + lane();
     float out[C / 2][4], out_2[C / 2][4];
 #pragma unroll

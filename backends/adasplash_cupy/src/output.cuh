@@ -42,12 +42,12 @@ DEVICE void multiply_packed(float (&o)[C][4], float (&o2)[C][4], const u32 (&p)[
     }
 }
 
-// As multiply_weights of each, with V loaded once.
+// As multiply_weights of each, with V loaded once where it is more than two tiles wide.
 template <class S, int C>
 DEVICE void multiply_weights(float (&o)[C][4], float (&o2)[C][4], const float (&p)[2][4], const float (&u)[2][4],
                              const typename S::T* v, bool grad) {
     using T = typename S::T;
-    if constexpr (sizeof(T) == 2 && S::is(GRAD)) {
+    if constexpr (sizeof(T) == 2 && S::is(GRAD) && C > 2) {
         u32 packed_p[4], packed_u[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
