@@ -182,7 +182,9 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
     Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
     Sums<S> sums;
     int kept = 0;
-    Left<T, S::BE> q(shared.q + warp() * 16 * S::PK);
+    const T* rows = shared.q + warp() * 16 * S::PK;
+    constexpr bool WIDE = S::BEV > 64;  // the sums of wide values leave no registers for Q
+    Left<T, WIDE ? 128 : S::BE> q(rows);
 #pragma unroll 1
     for (int column = 0; column < S::BEV; column += 8 * C) {
         float o[C][4], o2[C][4];
@@ -191,7 +193,8 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
         each_tile(x, shared, keys, true, [&](int tile, const T* k, const T* v, const int* index, bool whole) {
             float a[1][S::NT][4];
             clear(a[0]);
-            multiply_left(a, q, k);
+            if constexpr (WIDE) multiply_rows<T, S::BE>(a, rows, k);
+            else multiply_left(a, q, k);
             to_scores(a[0], x, index, whole);
             u32 bits = add_output(x, a[0], v + column, index, at, column == 0, sums, o, o2);
             if (list != nullptr && column + 8 * C >= S::BEV) {
