@@ -151,7 +151,7 @@ DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int cou
             bits = found;
             sums.finish();
         }
-        store_output(x, shared.q, sums, o, o2, column);
+        store_output(x, shared.q + warp() * 16 * S::PK, sums, o, o2, column);
     }
     store_states(x, sums, m, c);
     mark_columns<NT>(bits, shared.flags);

@@ -286,5 +286,5 @@ forward_short(PARAMS p) {
             out[n][i] = (half == 0 ? o[n][i] : o[n + C / 2][i]) + from[0];
             out_2[n][i] = (half == 0 ? o2[n][i] : o2[n + C / 2][i]) + from[4 * 32];
         }
-    store_output(x, shared.q, sums, out, out_2, half * 4 * C);
+    store_output(x, shared.q + pair * 16 * S::PK, sums, out, out_2, half * 4 * C);
 }

@@ -97,11 +97,11 @@ DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename 
 
 // Whether a row of Q holds NaN or inf: such a query spoils its own row, whatever its keys.
 template <class S>
-DEVICE bool broken_row(const typename S::T* q, int row) {
+DEVICE bool broken_row(const typename S::T* row) {
     using Part = Chunk<typename S::T>;
     float zero = 0.f;  // until it is NaN
     for (int i = lane() % 4; i < S::BE / Part::SIZE; i += 4) {
-        Part part = reinterpret_cast<const Part*>(q + row * S::PK)[i];
+        Part part = reinterpret_cast<const Part*>(row)[i];
 #pragma unroll
         for (int j = 0; j < Part::SIZE; ++j) zero = fmaf(ptx::to_float(part.x[j]), 0.f, zero);
     }
@@ -110,7 +110,7 @@ DEVICE bool broken_row(const typename S::T* q, int row) {
     return (any | ptx::shuffle_xor(any, 2)) != 0;
 }
 
-// Normalises and writes columns first_column ... of a block of rows; rows that see no key become 0.
+// Normalises and writes columns first_column ... of this warp's rows, the first of which is at q; rows that see no key become 0.
 template <class S, int C>
 DEVICE void store_output(const Block<S>& x, const typename S::T* q, const Sums<S>& sums, const float (&o)[C][4],
                          const float (&o2)[C][4], int first_column) {
@@ -119,7 +119,7 @@ DEVICE void store_output(const Block<S>& x, const typename S::T* q, const Sums<S
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         bool some = x.some(r), live = some && sums.p[r] > 0.f;
-        bool broken = broken_row<S>(q, warp() * 16 + lane() / 4 + 8 * r) || sums.p[r] != sums.p[r];
+        bool broken = broken_row<S>(q + (lane() / 4 + 8 * r) * S::PK) || sums.p[r] != sums.p[r];
         float scale = live ? 1.f / sums.p[r] : 0.f, scale_2 = live && sums.u[r] > 0.f ? 1.f / sums.u[r] : 0.f;
         if (x.row[r] >= p.q_len) continue;
         T* out = static_cast<T*>(p.out) + x.b * p.out_batch + x.head * p.out_head + x.row[r] * p.out_row;
@@ -207,7 +207,7 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
             }
         });
         if (column == 0) sums.finish();
-        store_output(x, shared.q, sums, o, o2, column);
+        store_output(x, rows, sums, o, o2, column);
     }
     store_states(x, sums, m, c);
     return kept;
