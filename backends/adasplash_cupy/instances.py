@@ -83,7 +83,7 @@ class Instance:
             return (KEYS + self.tile) * (row_k + row_v) + 7 * self.tile * 4
         if self.kernel == "forward_short":
             tiles = SHORT_ROWS * row_k + self.stages * 128 * max(row_k, row_v)
-            return tiles + (32 * WARPS + 2 * self.tile + 32) * 4
+            return tiles + (64 * WARPS + 2 * self.tile + 32) * 4
         values = self.kernel not in ("forward_select", "forward_bound")
         tiles = ROWS * row_k + self.stages * self.tile * (row_k + values * row_v) + ((self.stages + 3) * self.tile + 32) * 4
         if self.kernel == "forward_select":

@@ -155,25 +155,27 @@ backward_keys(PARAMS p) {
             multiply_rows<T, S::BE>(a, shared.k + warp() * 16 * S::PK, shared.q);
             clear(dp[0]);
             multiply_rows<T, S::BEV>(dp, shared.v + warp() * 16 * S::PV, shared.d_out);
+            x.entmax.choose([&](auto chosen) {
 #pragma unroll
-            for (int n = 0; n < RB / 8; ++n)
+                for (int n = 0; n < RB / 8; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    int at = n * 8 + lane() % 4 * 2 + i % 2, j = key[i / 2];
-                    float score = a[0][n][i] * x.x_scale;
-                    if (S::is(ALIBI) && biased) {
-                        int distance = shared.diag[at] - j;
-                        score -= x.slope * static_cast<float>(distance < 0 ? -distance : distance);
+                    for (int i = 0; i < 4; ++i) {
+                        int at = n * 8 + lane() % 4 * 2 + i % 2, j = key[i / 2];
+                        float score = a[0][n][i] * x.x_scale;
+                        if (S::is(ALIBI) && biased) {
+                            int distance = shared.diag[at] - j;
+                            score -= x.slope * static_cast<float>(distance < 0 ? -distance : distance);
+                        }
+                        if (j < shared.lo[at] || j >= shared.hi[at]) score = -INFINITE;
+                        float keep = 1.f;
+                        if (S::is(DROPOUT) && dropout) keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + at, j, bh);
+                        Point point{shared.m[at], shared.c[at], shared.e[at]};
+                        float weight, ds;
+                        score_gradient(chosen, score, point, dp[0][n][i], keep, shared.delta[at], ds, weight);
+                        a[0][n][i] = weight;
+                        dp[0][n][i] = ds * p.scale;
                     }
-                    if (j < shared.lo[at] || j >= shared.hi[at]) score = -INFINITE;
-                    float keep = 1.f;
-                    if (S::is(DROPOUT) && dropout) keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + at, j, bh);
-                    Point point{shared.m[at], shared.c[at], shared.e[at]};
-                    float weight, ds;
-                    score_gradient(x.entmax, score, point, dp[0][n][i], keep, shared.delta[at], ds, weight);
-                    a[0][n][i] = weight;
-                    dp[0][n][i] = ds * p.scale;
-                }
+            });
 #pragma unroll
             for (int n = 0; n < RB / 8; n += 2) {
                 float part[2][4];

@@ -50,22 +50,24 @@ DEVICE void tile_products(const Block<S>& x, const RowsTiles<S>& shared, const t
 template <class S>
 DEVICE void tile_gradient(const Block<S>& x, const int* index, RowState<S>& state, float (&a)[S::NT][4], float (&dp)[S::NT][4]) {
     bool dropout = S::is(DROPOUT) && x.p.seed != nullptr, alpha = S::is(ALPHA_GRAD) && x.p.d_alpha != nullptr;
+    x.entmax.choose([&](auto chosen) {
 #pragma unroll
-    for (int n = 0; n < S::NT; ++n)
+        for (int n = 0; n < S::NT; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            int r = i / 2;
-            float keep = S::is(DROPOUT) && dropout ? x.keep(r, index[n * 8 + lane() % 4 * 2 + i % 2]) : 1.f;
-            if (S::is(ALPHA_GRAD) && alpha) {
-                float p, u;
-                x.entmax.weigh(a[n][i], state.at[r], p, u);
-                state.alpha[r].add(p, dp[n][i] * keep, x.entmax.h);
+            for (int i = 0; i < 4; ++i) {
+                int r = i / 2;
+                float keep = S::is(DROPOUT) && dropout ? x.keep(r, index[n * 8 + lane() % 4 * 2 + i % 2]) : 1.f;
+                if (S::is(ALPHA_GRAD) && alpha) {
+                    float p, u;
+                    chosen.weigh(a[n][i], state.at[r], p, u);
+                    state.alpha[r].add(p, dp[n][i] * keep, x.entmax.h);
+                }
+                float p, ds;
+                score_gradient(chosen, a[n][i], state.at[r], dp[n][i], keep, state.delta[r], ds, p);
+                a[n][i] = p;
+                dp[n][i] = ds;
             }
-            float p, ds;
-            score_gradient(x.entmax, a[n][i], state.at[r], dp[n][i], keep, state.delta[r], ds, p);
-            a[n][i] = p;
-            dp[n][i] = ds;
-        }
+    });
 }
 
 // dQ += ds K, in the columns of a chunk.
@@ -155,17 +157,19 @@ backward_rows(PARAMS p) {
         float weighted[2] = {0.f, 0.f}, total[2] = {0.f, 0.f};
         each_tile(x, shared, range, true, [&](int, const T* k, const T* v, const int* index, bool whole) {
             tile_products(x, shared, k, v, index, whole, a, dp);
+            x.entmax.choose([&](auto chosen) {
 #pragma unroll
-            for (int n = 0; n < S::NT; ++n)
+                for (int n = 0; n < S::NT; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float weight, u;
-                    x.entmax.weigh(a[0][n][i], state.at[i / 2], weight, u);
-                    float keep = 1.f;
-                    if (S::is(DROPOUT) && p.seed != nullptr) keep = x.keep(i / 2, index[n * 8 + lane() % 4 * 2 + i % 2]);
-                    total[i / 2] += u;
-                    weighted[i / 2] += u == 0.f ? 0.f : u * keep * dp[0][n][i];
-                }
+                    for (int i = 0; i < 4; ++i) {
+                        float weight, u;
+                        chosen.weigh(a[0][n][i], state.at[i / 2], weight, u);
+                        float keep = 1.f;
+                        if (S::is(DROPOUT) && p.seed != nullptr) keep = x.keep(i / 2, index[n * 8 + lane() % 4 * 2 + i % 2]);
+                        total[i / 2] += u;
+                        weighted[i / 2] += u == 0.f ? 0.f : u * keep * dp[0][n][i];
+                    }
+            });
         });
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

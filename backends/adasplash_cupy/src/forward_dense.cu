@@ -17,14 +17,12 @@ template <class S, class Keys>
 DEVICE int solve_and_write(const Block<S>& x, const Tiles<S>& shared, const Keys& keys, int* list) {
     const Params& p = x.p;
     float m[2], c[2];
-    if (p.entries != nullptr && !x.entmax.is(POWER)) {
+    if (p.entries != nullptr && x.entmax.starts_anywhere()) {
         // From the bound, which is near tau after forward_lists' steps.
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             bool inside = x.row[r] < p.q_len;
-            m[r] = inside ? p.t[x.row_at(r)] : 0.f;
-            c[r] = inside ? p.margin[x.row_at(r)] : 0.f;
-            if (!(fabsf(m[r]) < INFINITE)) m[r] = 0.f;
+            x.entmax.start(inside ? p.t[x.row_at(r)] : 0.f, inside ? p.margin[x.row_at(r)] : 0.f, m[r], c[r]);
         }
     } else {
         Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};

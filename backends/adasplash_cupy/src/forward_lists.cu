@@ -17,25 +17,18 @@ inline constexpr int SWEEPS = 2;  // after which T is near tau in most rows
 // Drops the keys below T, and raises T by a Newton step over the list, until it fits or this was done twice; returns its new length.
 template <class S>
 DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int count, int fits) {
+    if (!x.entmax.starts_anywhere()) return count;  // nothing is below such a T
     const Params& p = x.p;
-    float f[2], s[2], m[2], t[2], margin[2];
+    float f[2], s[2], t[2], margin[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         bool inside = x.row[r] < p.q_len;
         t[r] = inside ? p.t[x.row_at(r)] : 0.f;
         margin[r] = inside ? p.margin[x.row_at(r)] : 0.f;
     }
-    if (x.entmax.is(POWER)) {
-        Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
-        evaluate<false, false>(x, shared, List<S::BN>{list, count}, zero, f, s, m);
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-            if (m[r] > -INFINITE) t[r] = fmaxf(t[r], x.entmax.threshold(m[r], x.entmax.first_c()));
-    }
     Left<typename S::T, S::BE> q(shared.q + warp() * 16 * S::PK);
     for (int sweep = 0; sweep < SWEEPS && count > fits; ++sweep) {
-        // Measured from the bound itself (m := T, c := 0) the sums are those at tau = T.
-        Point at[2] = {x.entmax.point(t[0], 0.f), x.entmax.point(t[1], 0.f)};
+        // The sums are those at tau = T.
         float least[2];  // over T, of what stays
 #pragma unroll
         for (int r = 0; r < 2; ++r) f[r] = s[r] = 0.f, least[r] = x.some(r) ? -margin[r] : INFINITE;
@@ -45,43 +38,33 @@ DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int coun
             clear(a[0]);
             multiply_left(a, q, k);
             u32 bits = 0;
-            if (!S::is(ALIBI) && !x.entmax.is(POWER) && whole) {
+            bool product = !S::is(ALIBI) && whole;
+            float factor = product ? x.x_scale : 1.f;
+            if (!product) to_scores(a[0], x, index, whole);
+            x.entmax.choose([&](auto chosen) {
 #pragma unroll
                 for (int n = 0; n < S::NT; ++n)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        float over = fmaf(a[0][n][i], x.x_scale, -t[i / 2]), w, u;
+                        float over = fmaf(a[0][n][i], factor, -t[i / 2]), w, u;
                         if (over >= least[i / 2]) bits |= 1u << (2 * n + i % 2);
-                        x.entmax.weigh_over(over, w, u);
+                        chosen.weigh_over(over, w, u);
                         f[i / 2] += w;
                         s[i / 2] += u;
                     }
-            } else {
-                to_scores(a[0], x, index, whole);
-#pragma unroll
-                for (int n = 0; n < S::NT; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        if (a[0][n][i] > -INFINITE && a[0][n][i] - t[i / 2] >= least[i / 2]) bits |= 1u << (2 * n + i % 2);
-                        if (!x.entmax.is(POWER)) {
-                            float w, u;
-                            x.entmax.weigh(a[0][n][i], at[i / 2], w, u);
-                            f[i / 2] += w;
-                            s[i / 2] += u;
-                        }
-                    }
-            }
+            });
             int* flags = shared.flags + tile % 2 * S::BN;
             mark_columns<S::NT>(bits, flags);
             ptx::sync();
             if (warp() == 0) kept = append_flagged(list, kept, index, flags, S::BN);
         });
         count = from_first_warp(kept, shared.scratch);
-        if (x.entmax.is(POWER)) break;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             f[r] = row_sum(f[r]), s[r] = row_sum(s[r]);
-            if (f[r] > 1.f && f[r] < INFINITE) t[r] = fmaxf(t[r], t[r] - x.entmax.newton(0.f, f[r], s[r]) - margin[r]);
+            // Where c = 0 stands for T, whatever the reference.
+            float next = x.entmax.newton(0.f, f[r], s[r]), rise = x.entmax.is(POWER) ? next : -next;
+            if (f[r] > 1.f && f[r] < INFINITE) t[r] = fmaxf(t[r], t[r] + rise - margin[r]);
         }
     }
 #pragma unroll
@@ -132,15 +115,17 @@ DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int cou
     for (int step = 0; step < MAX_STEPS; ++step) {
         Point at[2] = {x.entmax.point(0.f, c[0]), x.entmax.point(0.f, c[1])};
         float f[2] = {0.f, 0.f}, s[2] = {0.f, 0.f};
+        x.entmax.choose([&](auto chosen) {
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
+            for (int n = 0; n < NT; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float p, u;
-                x.entmax.weigh(a[0][n][i], at[i / 2], p, u);
-                f[i / 2] += p;
-                s[i / 2] += u;
-            }
+                for (int i = 0; i < 4; ++i) {
+                    float p, u;
+                    chosen.weigh(a[0][n][i], at[i / 2], p, u);
+                    f[i / 2] += p;
+                    s[i / 2] += u;
+                }
+        });
         bool more = false;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -166,7 +151,7 @@ DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int cou
             bits = found;
             sums.finish();
         }
-        store_output(x, shared.q, sums, o, o2, column);
+        store_output(x, shared.q + warp() * 16 * S::PK, sums, o, o2, column);
     }
     store_states(x, sums, m, c);
     mark_columns<NT>(bits, shared.flags);

@@ -23,46 +23,85 @@ struct Sums {
     }
 };
 
+// o += p V and, where `grad`, o2 += u V, over 16 keys whose weights are packed as the tensor cores take them.
+template <class S, int C>
+DEVICE void multiply_packed(float (&o)[C][4], float (&o2)[C][4], const u32 (&p)[4], const u32 (&u)[4], const typename S::T* v,
+                            bool grad) {
+    using T = typename S::T;
+    const T* row = v + lane() % 16 * S::PV + lane() / 16 * 8;
+#pragma unroll
+    for (int n = 0; n < C; n += 2) {
+        u32 part[4];
+        ptx::load_matrices_transposed(part, row + n * 8);
+        ptx::multiply_add<T>(o[n], p, part[0], part[1]);
+        ptx::multiply_add<T>(o[n + 1], p, part[2], part[3]);
+        if (S::is(GRAD) && grad) {
+            ptx::multiply_add<T>(o2[n], u, part[0], part[1]);
+            ptx::multiply_add<T>(o2[n + 1], u, part[2], part[3]);
+        }
+    }
+}
+
+// As multiply_weights of each, with V loaded once where it is more than two tiles wide.
+template <class S, int C>
+DEVICE void multiply_weights(float (&o)[C][4], float (&o2)[C][4], const float (&p)[2][4], const float (&u)[2][4],
+                             const typename S::T* v, bool grad) {
+    using T = typename S::T;
+    if constexpr (sizeof(T) == 2 && S::is(GRAD) && C > 2) {
+        u32 packed_p[4], packed_u[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            packed_p[i] = ptx::pack<T>(p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1]);
+            packed_u[i] = ptx::pack<T>(u[i / 2][i % 2 * 2], u[i / 2][i % 2 * 2 + 1]);
+        }
+        multiply_packed<S>(o, o2, packed_p, packed_u, v, grad);
+    } else {
+        multiply_weights<T, S::PV>(o, p, v);
+        if (S::is(GRAD) && grad) multiply_weights<T, S::PV>(o2, u, v);
+    }
+}
+
 // Adds the scores a of N tiles of 8 keys to (O, O2); returns the bits of the columns that some row weighs, for mark_columns.
 template <class S, int N, int C>
 DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename S::T* v, const int* index, const Point (&at)[2],
                       bool count, Sums<S>& sums, float (&o)[C][4], float (&o2)[C][4]) {
     bool dropout = S::is(DROPOUT) && x.p.seed != nullptr, grad = S::is(GRAD) && x.p.o2 != nullptr;
     u32 bits = 0;
+    x.entmax.choose([&](auto chosen) {
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-        float p[2][4], u[2][4];
+        for (int n = 0; n < N; n += 2) {
+            float p[2][4], u[2][4];
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
+            for (int j = 0; j < 2; ++j)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int r = i / 2;
-                x.entmax.weigh(a[n + j][i], at[r], p[j][i], u[j][i]);
-                if (count) {
-                    sums.p[r] += p[j][i];
-                    sums.u[r] += u[j][i];
-                    sums.support[r] += p[j][i] > 0.f;
-                    if (u[j][i] != 0.f) bits |= 1u << (2 * (n + j) + i % 2);
+                for (int i = 0; i < 4; ++i) {
+                    int r = i / 2;
+                    chosen.weigh(a[n + j][i], at[r], p[j][i], u[j][i]);
+                    if (count) {
+                        sums.p[r] += p[j][i];
+                        sums.u[r] += u[j][i];
+                        sums.support[r] += p[j][i] > 0.f;
+                        if (u[j][i] != 0.f) bits |= 1u << (2 * (n + j) + i % 2);
+                    }
+                    if (S::is(DROPOUT) && dropout) {
+                        float keep = x.keep(r, index[(n + j) * 8 + lane() % 4 * 2 + i % 2]);
+                        p[j][i] *= keep;
+                        u[j][i] *= keep;
+                    }
                 }
-                if (S::is(DROPOUT) && dropout) {
-                    float keep = x.keep(r, index[(n + j) * 8 + lane() % 4 * 2 + i % 2]);
-                    p[j][i] *= keep;
-                    u[j][i] *= keep;
-                }
-            }
-        multiply_weights<typename S::T, S::PV>(o, p, v + n * 8 * S::PV);
-        if (S::is(GRAD) && grad) multiply_weights<typename S::T, S::PV>(o2, u, v + n * 8 * S::PV);
-    }
+            multiply_weights<S>(o, o2, p, u, v + n * 8 * S::PV, grad);
+        }
+    });
     return bits;
 }
 
 // Whether a row of Q holds NaN or inf: such a query spoils its own row, whatever its keys.
 template <class S>
-DEVICE bool broken_row(const typename S::T* q, int row) {
+DEVICE bool broken_row(const typename S::T* row) {
     using Part = Chunk<typename S::T>;
     float zero = 0.f;  // until it is NaN
     for (int i = lane() % 4; i < S::BE / Part::SIZE; i += 4) {
-        Part part = reinterpret_cast<const Part*>(q + row * S::PK)[i];
+        Part part = reinterpret_cast<const Part*>(row)[i];
 #pragma unroll
         for (int j = 0; j < Part::SIZE; ++j) zero = fmaf(ptx::to_float(part.x[j]), 0.f, zero);
     }
@@ -71,7 +110,7 @@ DEVICE bool broken_row(const typename S::T* q, int row) {
     return (any | ptx::shuffle_xor(any, 2)) != 0;
 }
 
-// Normalises and writes columns first_column ... of a block of rows; rows that see no key become 0.
+// Normalises and writes columns first_column ... of this warp's rows, the first of which is at q; rows that see no key become 0.
 template <class S, int C>
 DEVICE void store_output(const Block<S>& x, const typename S::T* q, const Sums<S>& sums, const float (&o)[C][4],
                          const float (&o2)[C][4], int first_column) {
@@ -80,7 +119,7 @@ DEVICE void store_output(const Block<S>& x, const typename S::T* q, const Sums<S
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         bool some = x.some(r), live = some && sums.p[r] > 0.f;
-        bool broken = broken_row<S>(q, warp() * 16 + lane() / 4 + 8 * r) || sums.p[r] != sums.p[r];
+        bool broken = broken_row<S>(q + (lane() / 4 + 8 * r) * S::PK) || sums.p[r] != sums.p[r];
         float scale = live ? 1.f / sums.p[r] : 0.f, scale_2 = live && sums.u[r] > 0.f ? 1.f / sums.u[r] : 0.f;
         if (x.row[r] >= p.q_len) continue;
         T* out = static_cast<T*>(p.out) + x.b * p.out_batch + x.head * p.out_head + x.row[r] * p.out_row;
@@ -121,14 +160,16 @@ DEVICE void store_states(const Block<S>& x, const Sums<S>& sums, const float (&m
 template <class S, int N>
 DEVICE u32 weighed_columns(const Block<S>& x, const float (&a)[N][4], const Point (&at)[2]) {
     u32 bits = 0;
+    x.entmax.choose([&](auto chosen) {
 #pragma unroll
-    for (int n = 0; n < N; ++n)
+        for (int n = 0; n < N; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float p, u;
-            x.entmax.weigh(a[n][i], at[i / 2], p, u);
-            if (u != 0.f) bits |= 1u << (2 * n + i % 2);
-        }
+            for (int i = 0; i < 4; ++i) {
+                float p, u;
+                chosen.weigh(a[n][i], at[i / 2], p, u);
+                if (u != 0.f) bits |= 1u << (2 * n + i % 2);
+            }
+    });
     return bits;
 }
 
@@ -141,7 +182,9 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
     Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
     Sums<S> sums;
     int kept = 0;
-    Left<T, S::BE> q(shared.q + warp() * 16 * S::PK);
+    const T* rows = shared.q + warp() * 16 * S::PK;
+    constexpr bool WIDE = S::BEV > 64;  // the sums of wide values leave no registers for Q
+    Left<T, WIDE ? 128 : S::BE> q(rows);
 #pragma unroll 1
     for (int column = 0; column < S::BEV; column += 8 * C) {
         float o[C][4], o2[C][4];
@@ -150,7 +193,8 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
         each_tile(x, shared, keys, true, [&](int tile, const T* k, const T* v, const int* index, bool whole) {
             float a[1][S::NT][4];
             clear(a[0]);
-            multiply_left(a, q, k);
+            if constexpr (WIDE) multiply_rows<T, S::BE>(a, rows, k);
+            else multiply_left(a, q, k);
             to_scores(a[0], x, index, whole);
             u32 bits = add_output(x, a[0], v + column, index, at, column == 0, sums, o, o2);
             if (list != nullptr && column + 8 * C >= S::BEV) {
@@ -163,7 +207,7 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
             }
         });
         if (column == 0) sums.finish();
-        store_output(x, shared.q, sums, o, o2, column);
+        store_output(x, rows, sums, o, o2, column);
     }
     store_states(x, sums, m, c);
     return kept;
