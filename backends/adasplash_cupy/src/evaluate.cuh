@@ -9,11 +9,12 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
                      float (&top)[2]) {
     f[0] = f[1] = s[0] = s[1] = 0.f;
     top[0] = top[1] = SUMS ? 0.f : -INFINITE;
-    Left<typename S::T, S::BE> q(shared.q + warp() * 16 * S::PK);
+    Left<S, S::BE, true> q(shared.q);
     each_tile(x, shared, keys, false, [&](int, const auto* k, const auto*, const int* index, bool whole) {
-        float a[1][S::NT][4];
-        clear(a[0]);
+        float a[S::NT][4];
+        open_products<S>();
         multiply_left(a, q, k);
+        close_products<S>(a);
         if (SUMS && !S::is(ALIBI) && !x.entmax.is(POWER) && whole) {
             // Scale, m and c in one rounding: most of the time goes into these four instructions.
 #pragma unroll
@@ -21,26 +22,26 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float p, u;
-                    x.entmax.weigh_over(fmaf(a[0][n][i], x.x_scale, at[i / 2].c - at[i / 2].m), p, u);
+                    x.entmax.weigh_over(fmaf(a[n][i], x.x_scale, at[i / 2].c - at[i / 2].m), p, u);
                     f[i / 2] += p;
                     s[i / 2] += u;
                     if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
                 }
             return;
         }
-        to_scores(a[0], x, index, whole);
+        to_scores(a, x, index, whole);
 #pragma unroll
         for (int n = 0; n < S::NT; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 if (SUMS) {
                     float p, u;
-                    x.entmax.weigh(a[0][n][i], at[i / 2], p, u);
+                    x.entmax.weigh(a[n][i], at[i / 2], p, u);
                     f[i / 2] += p;
                     s[i / 2] += u;
                     if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
                 } else {
-                    top[i / 2] = fmaxf(top[i / 2], a[0][n][i]);
+                    top[i / 2] = fmaxf(top[i / 2], a[n][i]);
                 }
             }
     });

@@ -4,10 +4,12 @@
 // A pass over the keys for each Newton step from the bound T, and one for the output; where there is no bound, one for the row max first.
 // Programs of all other blocks end at once.
 #include "ptx.cuh"
+#include "wgmma.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
 #include "products.cuh"
 #include "rows.cuh"
+#include "blocks.cuh"
 #include "tiles.cuh"
 #include "evaluate.cuh"
 #include "output.cuh"
@@ -58,10 +60,10 @@ forward_dense(PARAMS p) {
     int count = p.entries == nullptr ? static_cast<int>(EVERY_KEY) : entry[1];
     Tiles<S> shared(true);
     Block<S> x(p, bh, block);
-    copy_rows<T, S::BE, ROWS>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
+    copy_rows<T, S::BE, ROWS, S::WARPGROUP>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
     ptx::commit_copies();
     for (int i = ptx::thread(); i < 2 * S::BN; i += THREADS) shared.flags[i] = 0;
-    ptx::wait_copies<0>();
+    land_copies<S, 0>();
     x.find_rows(shared.scratch);  // syncs
     int kept = -1;
     int* list = count >= 0 ? p.lists + entry[0] : nullptr;

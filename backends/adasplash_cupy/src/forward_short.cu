@@ -5,10 +5,12 @@
 // Two warps share 16 rows and take every other 64 keys, so that a causal mask's short rows keep both busy; S::BN keys are a warp's most.
 // Tiles that no row of the block sees are neither loaded nor visited.
 #include "ptx.cuh"
+#include "wgmma.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
 #include "products.cuh"
 #include "rows.cuh"
+#include "blocks.cuh"
 #include "tiles.cuh"
 #include "evaluate.cuh"
 #include "output.cuh"
@@ -170,7 +172,7 @@ forward_short(PARAMS p) {
             [&](T* to, const int* index) { gather_rows<T, S::BEV, TILE>(to, x.v, p.v_row, p.head_dim_v, index); },
             [&](int step, const T* v) {
                 const int* index = shared.index + step * TILE + half * SPAN;
-                add_output(x, a[step][0], v + half * SPAN * S::PV + column, index, at, column == 0, sums, o, o2);
+                add_output(x, a[step][0], v + half * SPAN * S::PV, column, index, at, column == 0, sums, o, o2);
             });
         if (column == 0) {
             sums.finish();

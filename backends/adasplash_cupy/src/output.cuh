@@ -23,11 +23,12 @@ struct Sums {
     }
 };
 
-// Adds the scores a of N tiles of 8 keys to (O, O2); returns the bits of the columns that some row weighs, for mark_columns.
-template <class S, int N, int C>
-DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename S::T* v, const int* index, const Point (&at)[2],
-                      bool count, Sums<S>& sums, float (&o)[C][4], float (&o2)[C][4]) {
-    bool dropout = S::is(DROPOUT) && x.p.seed != nullptr, grad = S::is(GRAD) && x.p.o2 != nullptr;
+// Weights of the scores a of N tiles of 8 keys: then(n, p, u) for each two tiles. Returns the bits of the columns that some row weighs, for
+// mark_columns.
+template <class S, int N, class Then>
+DEVICE u32 weigh_keys(const Block<S>& x, const float (&a)[N][4], const int* index, const Point (&at)[2], bool count, Sums<S>& sums,
+                      Then&& then) {
+    bool dropout = S::is(DROPOUT) && x.p.seed != nullptr;
     u32 bits = 0;
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
@@ -50,10 +51,54 @@ DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename 
                     u[j][i] *= keep;
                 }
             }
-        multiply_weights<typename S::T, S::PV>(o, p, v + n * 8 * S::PV);
-        if (S::is(GRAD) && grad) multiply_weights<typename S::T, S::PV>(o2, u, v + n * 8 * S::PV);
+        then(n, p, u);
     }
     return bits;
+}
+
+// The same, as left operands of a warpgroup.
+template <class S, int N>
+struct OutputWeights {
+    Weights<typename S::T, N> p, u;
+
+    DEVICE u32 set(const Block<S>& x, const float (&a)[N][4], const int* index, const Point (&at)[2], bool count, Sums<S>& sums) {
+        u32 bits = weigh_keys(x, a, index, at, count, sums, [&](int n, const float (&tile_p)[2][4], const float (&tile_u)[2][4]) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                p.set(n + j, tile_p[j]);
+                if (S::is(GRAD)) u.set(n + j, tile_u[j]);
+            }
+        });
+        p.settle();
+        if (S::is(GRAD)) u.settle();
+        return bits;
+    }
+    // Adds to (O, O2) within open_products() and close_products().
+    template <int C>
+    DEVICE void multiply(const typename S::T* v, int column, float (&o)[C][4], float (&o2)[C][4]) const {
+        multiply_weights<typename S::VTile>(o, p, v, column);
+        if constexpr (S::is(GRAD)) multiply_weights<typename S::VTile>(o2, u, v, column);
+    }
+};
+
+// Adds the scores a of N tiles of 8 keys to columns `column` ... of (O, O2); returns as weigh_keys does.
+template <class S, int N, int C>
+DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename S::T* v, int column, const int* index,
+                      const Point (&at)[2], bool count, Sums<S>& sums, float (&o)[C][4], float (&o2)[C][4]) {
+    if constexpr (S::WARPGROUP) {
+        OutputWeights<S, N> weights;
+        u32 bits = weights.set(x, a, index, at, count, sums);
+        open_products<S>();
+        weights.multiply(v, column, o, o2);
+        close_products<S>(o, o2);
+        return bits;
+    } else {
+        bool grad = S::is(GRAD) && x.p.o2 != nullptr;
+        return weigh_keys(x, a, index, at, count, sums, [&](int n, const float (&p)[2][4], const float (&u)[2][4]) {
+            multiply_weights<typename S::T, S::PV>(o, p, v + column + n * 8 * S::PV);
+            if (S::is(GRAD) && grad) multiply_weights<typename S::T, S::PV>(o2, u, v + column + n * 8 * S::PV);
+        });
+    }
 }
 
 // Whether a row of Q holds NaN or inf: such a query spoils its own row, whatever its keys.
@@ -62,7 +107,7 @@ DEVICE bool broken_row(const typename S::T* q, int row) {
     using Part = Chunk<typename S::T>;
     float zero = 0.f;  // until it is NaN
     for (int i = lane() % 4; i < S::BE / Part::SIZE; i += 4) {
-        Part part = reinterpret_cast<const Part*>(q + row * S::PK)[i];
+        Part part = *reinterpret_cast<const Part*>(q + S::QTile::at(row, i * Part::SIZE));
 #pragma unroll
         for (int j = 0; j < Part::SIZE; ++j) zero = fmaf(ptx::to_float(part.x[j]), 0.f, zero);
     }
@@ -141,22 +186,23 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
     Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
     Sums<S> sums;
     int kept = 0;
-    Left<T, S::BE> q(shared.q + warp() * 16 * S::PK);
+    Left<S, S::BE, S::BEV <= 64> q(shared.q);
 #pragma unroll 1
     for (int column = 0; column < S::BEV; column += 8 * C) {
         float o[C][4], o2[C][4];
         clear(o);
         clear(o2);
         each_tile(x, shared, keys, true, [&](int tile, const T* k, const T* v, const int* index, bool whole) {
-            float a[1][S::NT][4];
-            clear(a[0]);
+            float a[S::NT][4];
+            open_products<S>();
             multiply_left(a, q, k);
-            to_scores(a[0], x, index, whole);
-            u32 bits = add_output(x, a[0], v + column, index, at, column == 0, sums, o, o2);
+            close_products<S>(a);
+            to_scores(a, x, index, whole);
+            u32 bits = add_output(x, a, v, column, index, at, column == 0, sums, o, o2);
             if (list != nullptr && column + 8 * C >= S::BEV) {
                 // In the last pass, so that the others still find the list as it was.
                 int* flags = shared.flags + tile % 2 * S::BN;
-                if (column != 0) bits = weighed_columns(x, a[0], at);
+                if (column != 0) bits = weighed_columns(x, a, at);
                 mark_columns<S::NT>(bits, flags);
                 ptx::sync();
                 if (warp() == 0) kept = append_flagged(list, kept, index, flags, S::BN);
