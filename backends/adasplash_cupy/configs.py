@@ -30,7 +30,7 @@ class ForwardConfig(KernelConfig):
     mark_sample: int = 16  # the sample of forward_mark's first bound: every so many tiles of 64 keys
     mark_worth: float = 2.5  # in place of sample_worth there
     keys: int = 64
-    stages: int = 2
+    stages: int = 2  # with warpgroups, and more than 3: forward_lists holds lists of so many tiles in shared memory
     dense_stages: int = 2  # of forward_dense, which holds lists of so many tiles in shared memory
     sample: int = 8  # the sampled pass reads every so many tiles
     sample_steps: int = 12  # most Newton steps over the whole sample
@@ -152,8 +152,8 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
     if device.capability == (9, 0) and takes_warpgroups(spec):
         plain = width <= 128 and padded(spec.head_dim) == padded(spec.head_dim_v) and not (spec.alibi or spec.dropout)
         config = replace(config, warpgroups=1, keys=64 if plain else 32)  # beside what else registers hold
-        if width > 64:
-            config = replace(config, stages=2, dense_stages=2)  # two programs a multiprocessor
+        # Two programs a multiprocessor. From four stages on forward_lists solves lists that its tiles hold.
+        config = replace(config, stages=6) if width <= 64 else replace(config, stages=2, dense_stages=2)
     while _forward_bytes(spec, config) > _limit(device) and config.stages > 1:
         config = replace(config, stages=1, dense_stages=1, select_stages=1)
     while _forward_bytes(spec, config) > _limit(device) and config.keys > 16:
@@ -204,7 +204,7 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
         *(
             replace(base, keys=keys, stages=stages, dense_stages=dense)
             for keys in (base.keys, base.keys // 2)
-            for stages, dense in ((1, 1), (2, 2), (3, 3), (2, 4), (3, 5))
+            for stages, dense in ((1, 1), (2, 2), (3, 3), (2, 4), (3, 5), (4, 5), (6, 5))
             if keys >= 16
         ),
         *(replace(base, select_keys=keys, select_stages=stages) for keys in (64, 128) for stages in (1, 2, 3)),

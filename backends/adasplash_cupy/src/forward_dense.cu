@@ -14,34 +14,6 @@
 #include "evaluate.cuh"
 #include "output.cuh"
 
-// tau and the output over `keys`; returns as write_output does.
-template <class S, class Keys>
-DEVICE int solve_and_write(const Block<S>& x, const Tiles<S>& shared, const Keys& keys, int* list) {
-    const Params& p = x.p;
-    float m[2], c[2];
-    if (p.entries != nullptr && !x.entmax.is(POWER)) {
-        // From the bound, which is near tau after forward_lists' steps.
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            bool inside = x.row[r] < p.q_len;
-            m[r] = inside ? p.t[x.row_at(r)] : 0.f;
-            c[r] = inside ? p.margin[x.row_at(r)] : 0.f;
-            if (!(fabsf(m[r]) < INFINITE)) m[r] = 0.f;
-        }
-    } else {
-        Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
-        float f[2], s[2];
-        evaluate<false, false>(x, shared, keys, zero, f, s, m);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            if (m[r] == -INFINITE) m[r] = 0.f;
-            c[r] = x.entmax.first_c();
-        }
-    }
-    solve(x, shared, keys, m, c);
-    return write_output(x, shared, keys, m, c, list);
-}
-
 // This program's block, or -1: in the order of the queue, so that the blocks that walk all keys, which take longest, come first.
 DEVICE int find_item(const Params& p) {
     if (p.entries == nullptr) return ptx::block_x();

@@ -1,8 +1,9 @@
 // Forward, second pass: exact tau, O and O2 of the blocks of rows whose lists are short.
 //
 // A long list is swept first: the keys found while T was still rising drop out, and T takes a Newton step. A list that fits is then
-// solved with its scores on chip; a longer one is left to forward_dense, as is one that still holds most of the keys. The keys that some
-// row really weighs are kept for the backward, as long as the pool has room.
+// solved with its scores on chip, or, where that is compiled in, with its keys and values on chip. A longer one is left to forward_dense,
+// as is one that still holds most of the keys. The keys that some row really weighs are kept for the backward, as long as the pool has
+// room.
 #include "ptx.cuh"
 #include "wgmma.cuh"
 #include "params.cuh"
@@ -16,9 +17,10 @@
 
 inline constexpr int SWEEPS = 2;  // after which T is near tau in most rows
 
-// Drops the keys below T, and raises T by a Newton step over the list, until it fits or this was done twice; returns its new length.
+// Drops the keys below T, and raises T by a Newton step over the list, until it is at most `fits` long, or after the first time `most`, or
+// this was done twice; returns its new length.
 template <class S>
-DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int count, int fits) {
+DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int count, int fits, int most) {
     const Params& p = x.p;
     float f[2], s[2], m[2], t[2], margin[2];
 #pragma unroll
@@ -35,7 +37,7 @@ DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int coun
             if (m[r] > -INFINITE) t[r] = fmaxf(t[r], x.entmax.threshold(m[r], x.entmax.first_c()));
     }
     Left<S, S::BE, true> q(shared.q);
-    for (int sweep = 0; sweep < SWEEPS && count > fits; ++sweep) {
+    for (int sweep = 0; sweep < SWEEPS && count > (sweep == 0 ? fits : most); ++sweep) {
         // Measured from the bound itself (m := T, c := 0) the sums are those at tau = T.
         Point at[2] = {x.entmax.point(t[0], 0.f), x.entmax.point(t[1], 0.f)};
         float least[2];  // over T, of what stays
@@ -91,6 +93,13 @@ DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int coun
     for (int r = 0; r < 2; ++r)
         if (lane() % 4 == 0 && x.row[r] < p.q_len) p.t[x.row_at(r)] = t[r];
     return count;
+}
+
+// Longer lists that are solved here too: where there is room, their keys and values stay in shared memory, and each Newton step multiplies
+// anew. A warpgroup does that in few instructions.
+template <class S>
+DEVICE constexpr int keys_held() {
+    return S::WARPGROUP && S::STAGES > 3 ? S::STAGES * S::BN : 0;
 }
 
 // As many as the tiles in shared memory hold, unless the registers hold fewer.
@@ -219,10 +228,10 @@ DEVICE void enqueue(const Params& p, int count) {
 }
 
 template <class S>
-KERNEL(THREADS, programs<S>(3))
+KERNEL(THREADS, programs<S>(keys_held<S>() > 0 ? 2 : 3))
 forward_lists(PARAMS p) {
     using T = typename S::T;
-    constexpr int FITS = keys_on_chip<S>();
+    constexpr int FITS = keys_on_chip<S>(), HELD = keys_held<S>(), MOST = HELD > FITS ? HELD : FITS;
     int bh = ptx::block_x() / p.q_blocks, block = p.q_blocks - 1 - ptx::block_x() % p.q_blocks;
     int* entry = p.entries + (static_cast<i64>(bh) * p.q_blocks + block) * 2;
     int count = entry[1];
@@ -238,9 +247,14 @@ forward_lists(PARAMS p) {
     land_copies<S, 0>();
     x.find_rows(shared.scratch);  // syncs
     int* list = p.lists + entry[0];
-    if (count > FITS) count = shrink(x, shared, list, count, FITS);
+    if (count > FITS) count = shrink(x, shared, list, count, FITS, MOST);
     if (count <= FITS) {
         keep_list(x, list, on_chip(x, shared, list, count), shared.scratch);
+        count = FINISHED;
+    } else if (count <= MOST) {
+        Held<S::BN> keys{count};
+        keys.take(x, shared, list);
+        keep_list(x, list, solve_and_write(x, shared, keys, list), shared.scratch);
         count = FINISHED;
     } else {
         int limit = (x.end - x.low) / 100 * p.dense_percent;

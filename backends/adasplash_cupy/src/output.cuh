@@ -215,6 +215,34 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
     return kept;
 }
 
+// tau and the output over `keys`; returns as write_output does.
+template <class S, class Keys>
+DEVICE int solve_and_write(const Block<S>& x, const Tiles<S>& shared, const Keys& keys, int* list) {
+    const Params& p = x.p;
+    float m[2], c[2];
+    if (p.entries != nullptr && !x.entmax.is(POWER)) {
+        // From the bound, which is near tau after forward_lists' steps.
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            bool inside = x.row[r] < p.q_len;
+            m[r] = inside ? p.t[x.row_at(r)] : 0.f;
+            c[r] = inside ? p.margin[x.row_at(r)] : 0.f;
+            if (!(fabsf(m[r]) < INFINITE)) m[r] = 0.f;
+        }
+    } else {
+        Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
+        float f[2], s[2];
+        evaluate<false, false>(x, shared, keys, zero, f, s, m);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (m[r] == -INFINITE) m[r] = 0.f;
+            c[r] = x.entmax.first_c();
+        }
+    }
+    solve(x, shared, keys, m, c);
+    return write_output(x, shared, keys, m, c, list);
+}
+
 // A value of warp 0, to all threads.
 DEVICE int from_first_warp(int x, int* scratch) {
     ptx::sync();
