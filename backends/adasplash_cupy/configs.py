@@ -122,7 +122,7 @@ def backward_instances(spec: AttentionSpec, config: BackwardConfig) -> dict[str,
     rows_flags = flags | ALPHA_GRAD * spec.alpha_requires_grad
     return {
         "backward_rows": Instance("backward_rows", spec.dtype, e, ev, alpha, config.keys, config.stages, rows_flags, together),
-        "backward_keys": Instance("backward_keys", spec.dtype, e, ev, alpha, config.rows, 1, flags, together),
+        "backward_keys": Instance("backward_keys", spec.dtype, e, ev, alpha, config.rows, 1 + together, flags, together),
     }
 
 

@@ -24,7 +24,7 @@ SAMPLES = [
     ("sm_90a", Instance("forward_dense", "bfloat16", 64, 64, 15, 64, 5, GRAD, warpgroup=True)),
     ("sm_90a", Instance("forward_lists", "float16", 128, 128, 15, 64, 2, GRAD, warpgroup=True)),
     ("sm_90a", Instance("backward_rows", "bfloat16", 64, 64, 15, 64, 2, 0, warpgroup=True)),
-    ("sm_90a", Instance("backward_keys", "float16", 64, 64, 15, 64, 1, 0, warpgroup=True)),
+    ("sm_90a", Instance("backward_keys", "float16", 64, 64, 15, 64, 2, 0, warpgroup=True)),
     ("sm_90a", Instance("transform", "bfloat16")),
     ("sm_90a", Instance("forward_bound", "bfloat16", 64, 16, 15, 64, 3, 0)),
     ("sm_90a", Instance("forward_dense", "bfloat16", 64, 64, 15, 64, 5, GRAD)),
