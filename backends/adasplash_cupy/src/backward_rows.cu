@@ -131,10 +131,12 @@ DEVICE void scatter(const float (&d)[C][4], const int* index, int first, float f
     for (int r = 0; r < 2; ++r) {
         int key = index[first + lane() / 4 + 8 * r];
         if (key < 0) continue;
-        float* to = sums + static_cast<i64>(key) * columns + column + lane() % 4 * 2;
+        float* to = sums + static_cast<i64>(key) * columns;
 #pragma unroll
-        for (int n = 0; n < C; ++n)
-            if (column + n * 8 < columns) ptx::add_pair(to + n * 8, d[n][2 * r] * factor, d[n][2 * r + 1] * factor);
+        for (int n = 0; n < C; ++n) {
+            int at = column + n * 8 + lane() % 4 * 2;
+            if (at < columns) ptx::add_pair(to + at, d[n][2 * r] * factor, d[n][2 * r + 1] * factor);
+        }
     }
 }
 
