@@ -10,14 +10,15 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
     f[0] = f[1] = s[0] = s[1] = 0.f;
     top[0] = top[1] = SUMS ? 0.f : -INFINITE;
     bool small = fabsf(at[0].m) < 1e4f && fabsf(at[1].m) < 1e4f;
-    Left<typename S::T, S::BE> q(shared.q + warp() * 16 * S::PK);
+    Left<S, S::BE, true> q(shared.q);
     each_tile(x, shared, keys, false, [&](int, const auto* k, const auto*, const int* index, bool whole) {
-        float a[1][S::NT][4];
-        clear(a[0]);
+        float a[S::NT][4];
+        open_products<S>();
         multiply_left(a, q, k);
+        close_products<S>(a);
         // Tiles that all rows see are weighed as the product left them: most of the time goes into these few instructions an entry.
         bool product = SUMS && !S::is(ALIBI) && whole && small;
-        if (!product) to_scores(a[0], x, index, whole);
+        if (!product) to_scores(a, x, index, whole);
         if constexpr (SUMS) {
             x.entmax.choose([&](auto chosen) {
                 auto add = [&](auto weigh) {
@@ -26,7 +27,7 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {
                             float p, u;
-                            weigh(a[0][n][i], at[i / 2], p, u);
+                            weigh(a[n][i], at[i / 2], p, u);
                             f[i / 2] += p;
                             s[i / 2] += u;
                             if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
@@ -39,7 +40,7 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
 #pragma unroll
             for (int n = 0; n < S::NT; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], a[0][n][i]);
+                for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], a[n][i]);
         }
     });
 #pragma unroll

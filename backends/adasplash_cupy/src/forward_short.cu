@@ -5,10 +5,12 @@
 // Two warps share 16 rows and take every other 64 keys, so that a causal mask's short rows keep both busy; S::BN keys are a warp's most.
 // Tiles that no row of the block sees are neither loaded nor visited.
 #include "ptx.cuh"
+#include "wgmma.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
 #include "products.cuh"
 #include "rows.cuh"
+#include "blocks.cuh"
 #include "tiles.cuh"
 #include "evaluate.cuh"
 #include "output.cuh"
@@ -261,7 +263,7 @@ forward_short(PARAMS p) {
                 multiply_packed<S>(o, o2, weights[0], weights[1], v + n * 8 * S::PV, p.o2 != nullptr);
             }
         } else {
-            add_output(x, a[step][0], v, shared.index + step * TILE + half * SPAN, at, true, sums, o, o2);
+            add_output(x, a[step][0], v, 0, shared.index + step * TILE + half * SPAN, at, true, false, sums, o, o2);
         }
     });
     if constexpr (!PACKED) finish_sums();
@@ -286,5 +288,5 @@ forward_short(PARAMS p) {
             out[n][i] = (half == 0 ? o[n][i] : o[n + C / 2][i]) + from[0];
             out_2[n][i] = (half == 0 ? o2[n][i] : o2[n + C / 2][i]) + from[4 * 32];
         }
-    store_output(x, shared.q + pair * 16 * S::PK, sums, out, out_2, half * 4 * C);
+    store_output(x, shared.q, pair * 16, sums, out, out_2, half * 4 * C);
 }

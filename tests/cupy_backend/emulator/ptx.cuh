@@ -107,6 +107,7 @@ DEVICE u32 pack(float low, float high) {
     return from_float<T>(low).bits | static_cast<u32>(from_float<T>(high).bits) << 16;
 }
 
+DEVICE u32 shared_address(const void* p) { return fibers::shared_address(p); }
 DEVICE void load_matrices(u32 (&r)[4], const void* row) { fibers::load_matrices(r, row, false); }
 DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) { fibers::load_matrices(r, row, true); }
 
