@@ -30,7 +30,7 @@ class ForwardConfig(KernelConfig):
     mark_sample: int = 16  # the sample of forward_mark's first bound: every so many tiles of 64 keys
     mark_worth: float = 2.5  # in place of sample_worth there
     keys: int = 64
-    stages: int = 2
+    stages: int = 2  # with warpgroups, and more than 3: forward_lists holds lists of so many tiles in shared memory
     dense_stages: int = 2  # of forward_dense, which holds lists of so many tiles in shared memory
     sample: int = 8  # the sampled pass reads every so many tiles
     sample_steps: int = 12  # most Newton steps over the whole sample
@@ -38,6 +38,7 @@ class ForwardConfig(KernelConfig):
     list_percent: int = 85  # longer lists, in per cent of the range, are not made ...
     dense_percent: int = 50  # ... and not used once they have shrunk
     least_list: int = 1024  # lists up to this length always are
+    warpgroups: int = 0  # whether forward_lists and forward_dense multiply by whole warpgroups (Hopper)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class BackwardConfig(KernelConfig):
     keys: int = 32  # of the pass over blocks of rows
     stages: int = 2
     rows: int = 64  # query rows at a time in the pass over blocks of keys
+    warpgroups: int = 0  # whether products are those of whole warpgroups (Hopper); keys are a multiple of 64 then
 
 
 def uses_lists(spec: AttentionSpec, kv_len: int) -> bool:
@@ -78,13 +80,13 @@ def short_instance(spec: AttentionSpec, config: ForwardConfig, tile: int) -> Ins
 def forward_instances(spec: AttentionSpec, config: ForwardConfig) -> dict[str, Instance]:
     """The forward's kernels as this call compiles them."""
     e, ev, alpha = padded(spec.head_dim), padded(spec.head_dim_v), _ALPHA_CODES.get(spec.alpha_class, 0)
-    alibi = ALIBI * spec.alibi
+    alibi, together = ALIBI * spec.alibi, bool(config.warpgroups) and takes_warpgroups(spec)
     flags = alibi | GRAD * spec.needs_grad | DROPOUT * spec.dropout
     found = {
         "key_max": Instance("key_max", spec.dtype),
         "forward_select": Instance("forward_select", spec.dtype, e, 16, alpha, config.select_keys, config.select_stages, alibi),
-        "forward_lists": Instance("forward_lists", spec.dtype, e, ev, alpha, config.keys, config.stages, flags),
-        "forward_dense": Instance("forward_dense", spec.dtype, e, ev, alpha, config.keys, config.dense_stages, flags),
+        "forward_lists": Instance("forward_lists", spec.dtype, e, ev, alpha, config.keys, config.stages, flags, together),
+        "forward_dense": Instance("forward_dense", spec.dtype, e, ev, alpha, config.keys, config.dense_stages, flags, together),
     }
     if config.mark_groups and takes_marking(spec):
         found["forward_bound"] = replace(found["forward_select"], kernel="forward_bound", tile=64, stages=3 if e <= 64 else 2)
@@ -107,14 +109,20 @@ def takes_marking(spec: AttentionSpec) -> bool:
     return ITEMSIZES[spec.dtype] == 2 and padded(spec.head_dim) in (64, 128) and not spec.alibi
 
 
+def takes_warpgroups(spec: AttentionSpec) -> bool:
+    """Whether the passes after the lists have a form for warpgroups: tiles of panels of 64 columns of 16 bits."""
+    return ITEMSIZES[spec.dtype] == 2 and min(padded(spec.head_dim), padded(spec.head_dim_v)) >= 64
+
+
 def backward_instances(spec: AttentionSpec, config: BackwardConfig) -> dict[str, Instance]:
     """The backward's kernels as this call compiles them."""
     e, ev, alpha = padded(spec.head_dim), padded(spec.head_dim_v), _ALPHA_CODES.get(spec.alpha_class, 0)
     flags = ALIBI * spec.alibi | DROPOUT * spec.dropout
+    together = bool(config.warpgroups) and takes_warpgroups(spec)
     rows_flags = flags | ALPHA_GRAD * spec.alpha_requires_grad
     return {
-        "backward_rows": Instance("backward_rows", spec.dtype, e, ev, alpha, config.keys, config.stages, rows_flags),
-        "backward_keys": Instance("backward_keys", spec.dtype, e, ev, alpha, config.rows, 1, flags),
+        "backward_rows": Instance("backward_rows", spec.dtype, e, ev, alpha, config.keys, config.stages, rows_flags, together),
+        "backward_keys": Instance("backward_keys", spec.dtype, e, ev, alpha, config.rows, 1 + together, flags, together),
     }
 
 
@@ -141,6 +149,11 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
     if not wide and width <= 128 and device.shared_memory >= 200 * 1024:
         # Room for three programs of forward_lists a multiprocessor, and two of forward_dense.
         config = replace(config, stages=3, dense_stages=5 if width <= 64 else 4)
+    if device.capability == (9, 0) and takes_warpgroups(spec):
+        plain = width <= 128 and padded(spec.head_dim) == padded(spec.head_dim_v) and not (spec.alibi or spec.dropout)
+        config = replace(config, warpgroups=1, keys=64 if plain else 32)  # beside what else registers hold
+        # Two programs a multiprocessor. From four stages on forward_lists solves lists that its tiles hold.
+        config = replace(config, stages=6) if width <= 64 else replace(config, stages=2, dense_stages=2)
     while _forward_bytes(spec, config) > _limit(device) and config.stages > 1:
         config = replace(config, stages=1, dense_stages=1, select_stages=1)
     while _forward_bytes(spec, config) > _limit(device) and config.keys > 16:
@@ -155,6 +168,9 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
     config = BackwardConfig(keys=32 if width <= 128 else 16, rows=64 if width <= 64 and plain else 32)
     if spec.dtype == "float32":
         config = replace(config, rows=32 if width <= 64 else 16)
+    if device.capability == (9, 0) and takes_warpgroups(spec) and (plain or width <= 64):
+        # Two programs a multiprocessor; dK and dV over lists take 64 keys at a time.
+        config = replace(config, warpgroups=1, keys=64, stages=2 if width <= 64 else 1, rows=64 if plain else 32)
     while _backward_bytes(spec, config) > _limit(device) and config.stages > 1:
         config = replace(config, stages=1)
     while _backward_bytes(spec, config) > _limit(device) and config.keys > 16:
@@ -183,12 +199,12 @@ def _keys_bytes(spec: AttentionSpec, config: BackwardConfig) -> int:
 
 def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardConfig]:
     """Candidates around the default, one or two fields away, that fit the device."""
-    base, seen = default_forward(spec, device), set()
+    base, seen, width = default_forward(spec, device), set(), _width(spec)
     for config in (
         *(
             replace(base, keys=keys, stages=stages, dense_stages=dense)
             for keys in (base.keys, base.keys // 2)
-            for stages, dense in ((1, 1), (2, 2), (3, 3), (2, 4), (3, 5))
+            for stages, dense in ((1, 1), (2, 2), (3, 3), (2, 4), (3, 5), (4, 5), (6, 5))
             if keys >= 16
         ),
         *(replace(base, select_keys=keys, select_stages=stages) for keys in (64, 128) for stages in (1, 2, 3)),
@@ -196,6 +212,7 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
         *(replace(base, sample=sample, sample_worth=worth) for sample in (8, 16) for worth in (1.5, 1.2, 4.0)),
         *(replace(base, list_percent=percent) for percent in (50, 70, 95)),
         *(_markings(base) if base.mark_groups else ()),
+        *_without_warpgroups(base, width),
     ):
         if config not in seen and _forward_bytes(spec, config) <= _limit(device) and not _spills(spec, config.select_keys, 64):
             seen.add(config)
@@ -211,13 +228,20 @@ def _markings(base: ForwardConfig) -> Iterator[ForwardConfig]:
         yield replace(base, mark_split=1, mark_subtract=subtract, mark_ahead=ahead)
 
 
+def _without_warpgroups(base: ForwardConfig, width: int) -> Iterator[ForwardConfig]:
+    if base.warpgroups:
+        for stages, dense in ((3, 5), (2, 4)):
+            yield replace(base, warpgroups=0, keys=64 if width <= 64 else 32, stages=stages, dense_stages=dense)
+
+
 def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[BackwardConfig]:
     """As :func:`forward_space`."""
     base, seen = default_backward(spec, device), set()
-    for keys in (base.keys, base.keys * 2, base.keys // 2):
+    tiles = [(0, keys) for keys in (base.keys, base.keys * 2, base.keys // 2)]
+    for together, keys in [(1, 64), (0, 32), (0, 64)] if base.warpgroups else tiles:
         for stages in (1, 2, 3):
             for rows in (base.rows, base.rows // 2):
-                config = replace(base, keys=keys, stages=stages, rows=rows)
+                config = replace(base, keys=keys, stages=stages, rows=rows, warpgroups=together)
                 fit = max(_backward_bytes(spec, config), _keys_bytes(spec, config)) <= _limit(device)
                 if min(keys, rows) >= 16 and fit and config not in seen:
                     seen.add(config)

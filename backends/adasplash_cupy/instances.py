@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from adasplash_cupy.params import SOURCES
@@ -50,6 +50,7 @@ class Instance:
     tile: int = 64  # keys at a time; backward_keys: query rows; forward_short: a warp's keys
     stages: int = 2  # tiles in flight
     flags: int = 0
+    warpgroup: bool = False  # whether a block's four warps multiply together: written for Hopper alone
 
     @property
     def threads(self) -> int:
@@ -59,7 +60,12 @@ class Instance:
     @property
     def architecture(self) -> str | None:
         """The only one whose instructions it is written in; None where any will do."""
-        return None
+        return "sm_90a" if self.warpgroup else None
+
+    @property
+    def elsewhere(self) -> Instance | None:
+        """What does the same on any architecture, for an instance that is written for one; None where nothing does by itself."""
+        return replace(self, warpgroup=False) if self.warpgroup else None
 
     @property
     def expression(self) -> str:
@@ -67,29 +73,41 @@ class Instance:
         element = ELEMENTS[self.dtype]
         if self.kernel in ("key_max", "transform"):
             return f"{self.kernel}<{element}>"
-        shape = (self.head_dim, self.head_dim_v, self.alpha, self.tile, self.stages, self.flags)
+        shape = (
+            self.head_dim,
+            self.head_dim_v,
+            self.alpha,
+            self.tile,
+            self.stages,
+            self.flags,
+            *([1] if self.warpgroup else []),
+        )
         return f"{self.kernel}<Shape<{element}, {', '.join(map(str, shape))}>>"
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block; of ``transform`` without its cache."""
         size = ITEMSIZES[self.dtype]
-        row_k, row_v = self.head_dim * size + 16, self.head_dim_v * size + 16
+        # Bytes between rows: panels of 64 columns have none, but start at multiples of 1024.
+        gap, start = (0, 1024) if self.warpgroup else (16, 0)
+        row_k, row_v = self.head_dim * size + gap, self.head_dim_v * size + gap
         if self.kernel == "key_max":
             return 0
         if self.kernel == "transform":
             return 3 * WARPS * 4
         if self.kernel == "backward_keys":
-            return (KEYS + self.tile) * (row_k + row_v) + 7 * self.tile * 4
+            return start + KEYS * (row_k + row_v) + self.stages * self.tile * (row_k + row_v + 7 * 4)
         if self.kernel == "forward_short":
             tiles = SHORT_ROWS * row_k + self.stages * 128 * max(row_k, row_v)
-            return tiles + (32 * WARPS + 2 * self.tile + 32) * 4
+            return tiles + (64 * WARPS + 2 * self.tile + 32) * 4
         values = self.kernel not in ("forward_select", "forward_bound")
-        tiles = ROWS * row_k + self.stages * self.tile * (row_k + values * row_v) + ((self.stages + 3) * self.tile + 32) * 4
+        tiles = (
+            start + ROWS * row_k + self.stages * self.tile * (row_k + values * row_v) + ((self.stages + 3) * self.tile + 32) * 4
+        )
         if self.kernel == "forward_select":
             return tiles + 4 * ROWS * 4
         if self.kernel == "backward_rows":
-            return tiles + ROWS * (row_v + 2 * (self.tile * size + 16))
+            return tiles + ROWS * (row_v + 2 * (self.tile * size + gap))
         return tiles
 
 

@@ -130,8 +130,9 @@ def _run(programs: Programs, build: Callable[..., Program], call: AttentionCall,
 
 
 def _admitted(instances: dict[str, Instance], refused: frozenset[Instance]) -> dict[str, Instance]:
-    """Without those that NVRTC refuses."""
-    return {name: instance for name, instance in instances.items() if instance not in refused}
+    """Without those that NVRTC refuses; in their place what does the same elsewhere, if something does."""
+    found = {name: instance.elsewhere if instance in refused else instance for name, instance in instances.items()}
+    return {name: instance for name, instance in found.items() if instance is not None}
 
 
 def _launch(program: Program, table: Table, device: torch.device, config: KernelConfig | None) -> None:

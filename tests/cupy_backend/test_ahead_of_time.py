@@ -21,6 +21,10 @@ SAMPLES = [
     ("sm_80", Instance("forward_dense", "float32", 16, 16, 0, 16, 2, GRAD | ALIBI | DROPOUT)),
     ("sm_90a", Instance("forward_lists", "bfloat16", 64, 64, 15, 64, 2, GRAD)),
     ("sm_90a", Instance("backward_rows", "bfloat16", 64, 64, 15, 32, 2, 0)),
+    ("sm_90a", Instance("forward_dense", "bfloat16", 64, 64, 15, 64, 5, GRAD, warpgroup=True)),
+    ("sm_90a", Instance("forward_lists", "float16", 128, 128, 15, 64, 2, GRAD, warpgroup=True)),
+    ("sm_90a", Instance("backward_rows", "bfloat16", 64, 64, 15, 64, 2, 0, warpgroup=True)),
+    ("sm_90a", Instance("backward_keys", "float16", 64, 64, 15, 64, 2, 0, warpgroup=True)),
     ("sm_90a", Instance("transform", "bfloat16")),
     ("sm_90a", Instance("forward_bound", "bfloat16", 64, 16, 15, 64, 3, 0)),
     ("sm_90a", Instance("forward_dense", "bfloat16", 64, 64, 15, 64, 5, GRAD)),
@@ -32,7 +36,9 @@ SAMPLES = [
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("architecture", "instance"), SAMPLES, ids=[f"{i.kernel}-{i.dtype}-{a}" for a, i in SAMPLES])
+@pytest.mark.parametrize(
+    ("architecture", "instance"), SAMPLES, ids=[f"{i.kernel}-{i.dtype}-{a}{'-warpgroup' * i.warpgroup}" for a, i in SAMPLES]
+)
 def test_compiles_without_warnings_or_spills(architecture: str, instance: Instance) -> None:
     used = aot.compile_instance(instance, architecture)
     assert used.warnings == ""

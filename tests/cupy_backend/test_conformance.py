@@ -54,6 +54,25 @@ class TestMarking(AttentionConformance):
     quick = True
 
 
+class _Warpgroups(EmulatedCupyBackend):
+    """Products by warpgroups in every pass that has them."""
+
+    head_dims = HeadDims(low=40, high=64, multiple_of=8)
+    dtypes = frozenset({"float16"})
+
+    def default_config(self, *_: Any) -> KernelConfig:
+        return ForwardConfig(warpgroups=1, stages=4) if _[2] == "forward" else BackwardConfig(warpgroups=1, keys=64)
+
+    def tuning_space(self, *_: Any) -> tuple[()]:
+        return ()
+
+
+@pytest.mark.usefixtures("_lists")
+class TestWarpgroups(AttentionConformance):
+    backend = _Warpgroups()
+    quick = True
+
+
 @pytest.mark.usefixtures("_lists")
 class TestLists(AttentionConformance):
     backend = _Listing()

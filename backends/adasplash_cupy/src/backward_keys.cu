@@ -4,12 +4,14 @@
 //
 // Starts from what backward_rows added by atomics (if lists were kept) and writes the gradients in their own dtype; with no lists at all
 // the result is the same bits in every run. Keys lie on the M side: p^T and ds^T are at once the left operands of the second products.
-// S::BN query rows are taken at a time; wide heads are split over programs (block_y), which compute the same scores.
+// S::BN query rows are taken at a time, and with two stages the next are on their way meanwhile; wide heads are split over programs (block_y), which compute the same scores.
 #include "ptx.cuh"
+#include "wgmma.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
 #include "products.cuh"
 #include "rows.cuh"
+#include "blocks.cuh"
 #include "gradient.cuh"
 
 inline constexpr int KEYS = 16 * WARPS;
@@ -24,25 +26,30 @@ template <class S>
 struct KeysTiles {
     using T = typename S::T;
     static constexpr int RB = S::BN;
+    static_assert(KEYS == ROWS, "keys lie where other passes have queries, and query rows where they have keys");
     T *k, *v, *q, *d_out;
-    float *m, *c, *e, *delta;
+    float *m, *c, *e, *delta;  // as q and d_out of STAGES times RB rows
     int *lo, *hi, *diag;
 
     DEVICE KeysTiles() {
         u8* at = ptx::shared_memory();
-        at = take(at, k, KEYS * S::PK);
-        at = take(at, v, KEYS * S::PV);
-        at = take(at, q, RB * S::PK);
-        at = take(at, d_out, RB * S::PV);
-        at = take(at, m, RB);
-        at = take(at, c, RB);
-        at = take(at, e, RB);
-        at = take(at, delta, RB);
-        at = take(at, lo, RB);
-        at = take(at, hi, RB);
-        take(at, diag, RB);
+        if (S::WARPGROUP) at += (1024 - ptx::shared_address(at) % 1024) % 1024;
+        at = take(at, k, S::QTile::SIZE);
+        at = take(at, v, S::OTile::SIZE);
+        at = take(at, q, S::STAGES * S::KTile::SIZE);
+        at = take(at, d_out, S::STAGES * S::VTile::SIZE);
+        at = take(at, m, S::STAGES * RB);
+        at = take(at, c, S::STAGES * RB);
+        at = take(at, e, S::STAGES * RB);
+        at = take(at, delta, S::STAGES * RB);
+        at = take(at, lo, S::STAGES * RB);
+        at = take(at, hi, S::STAGES * RB);
+        take(at, diag, S::STAGES * RB);
     }
-    DEVICE static constexpr int bytes() { return (KEYS + RB) * (S::PK + S::PV) * static_cast<int>(sizeof(T)) + 7 * RB * 4; }
+    DEVICE static constexpr int bytes() {
+        int elements = S::QTile::SIZE + S::OTile::SIZE + S::STAGES * (S::KTile::SIZE + S::VTile::SIZE);
+        return (S::WARPGROUP ? 1024 : 0) + elements * static_cast<int>(sizeof(T)) + S::STAGES * 7 * RB * 4;
+    }
 
     template <class X>
     DEVICE static u8* take(u8* at, X*& piece, int count) {
@@ -97,8 +104,8 @@ backward_keys(PARAMS p) {
     if (column >= S::BE && column >= S::BEV) return;
     const T* k_head = static_cast<const T*>(p.k) + b * p.k_batch + kv_head * p.k_head;
     const T* v_head = static_cast<const T*>(p.v) + b * p.v_batch + kv_head * p.v_head;
-    copy_rows<T, S::BE, KEYS>(shared.k, k_head, p.k_row, p.head_dim, first, p.kv_len);
-    copy_rows<T, S::BEV, KEYS>(shared.v, v_head, p.v_row, p.head_dim_v, first, p.kv_len);
+    copy_rows<T, S::BE, KEYS, S::WARPGROUP>(shared.k, k_head, p.k_row, p.head_dim, first, p.kv_len);
+    copy_rows<T, S::BEV, KEYS, S::WARPGROUP>(shared.v, v_head, p.v_row, p.head_dim_v, first, p.kv_len);
     ptx::commit_copies();
     int key[2];
 #pragma unroll
@@ -110,6 +117,8 @@ backward_keys(PARAMS p) {
     i64 kv_at = static_cast<i64>(kv_bh) * p.kv_len + first;
     load_sums(d_k, p.dk_sum, kv_at, keys, p.head_dim, k_column);
     load_sums(d_v, p.dv_sum, kv_at, keys, p.head_dim_v, v_column);
+    Left<S, S::BE, false> k(shared.k);
+    Left<S, S::BEV, false> v(shared.v);
     int first_block = 0, last_block = p.q_blocks;
     if (p.lo == nullptr) {
         i64 lowest = static_cast<i64>(first) - p.shift - p.right, highest = static_cast<i64>(first) + KEYS + p.left - p.shift;
@@ -127,67 +136,106 @@ backward_keys(PARAMS p) {
             if (!ptx::sync_any(dense)) continue;
         }
         bool dropout = S::is(DROPOUT) && p.seed != nullptr, biased = S::is(ALIBI) && p.slopes != nullptr;
-        for (int row = first_block * ROWS; row < last_block * ROWS && row < p.q_len; row += RB) {
-            if (blocks != nullptr && blocks[2 * (row / ROWS) + 1] >= 0) continue;
-            bool wanted = false;
-            if (ptx::thread() < RB) {
-                Interval seen = interval(p, b, row + ptx::thread());
-                wanted = seen.lo < seen.hi && seen.hi > first && seen.lo < first + KEYS;
-            }
-            if (!ptx::sync_any(wanted)) continue;  // also: all are done with the rows before
-            copy_rows<T, S::BE, RB>(shared.q, x.q(), p.q_row, p.head_dim, row, p.q_len);
-            copy_rows<T, S::BEV, RB>(shared.d_out, x.d_out(), p.d_out_row, p.head_dim_v, row, p.q_len);
-            ptx::commit_copies();
-            if (ptx::thread() < RB) {
-                int i = ptx::thread();
-                bool inside = row + i < p.q_len;
-                i64 at = static_cast<i64>(bh) * p.q_len + row + i;
-                Point point = x.entmax.point(inside ? p.m[at] : 0.f, inside ? p.c[at] : 0.f);
-                shared.m[i] = point.m, shared.c[i] = point.c, shared.e[i] = point.e;
-                shared.delta[i] = inside ? p.delta[at] : 0.f;
-                Interval seen = interval(p, b, row + i);
-                shared.lo[i] = seen.lo, shared.hi[i] = seen.hi, shared.diag[i] = seen.diag;
-            }
-            ptx::wait_copies<0>();
-            ptx::sync();
-            float a[1][RB / 8][4], dp[1][RB / 8][4];
-            clear(a[0]);
-            multiply_rows<T, S::BE>(a, shared.k + warp() * 16 * S::PK, shared.q);
-            clear(dp[0]);
-            multiply_rows<T, S::BEV>(dp, shared.v + warp() * 16 * S::PV, shared.d_out);
-#pragma unroll
-            for (int n = 0; n < RB / 8; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    int at = n * 8 + lane() % 4 * 2 + i % 2, j = key[i / 2];
-                    float score = a[0][n][i] * x.x_scale;
-                    if (S::is(ALIBI) && biased) {
-                        int distance = shared.diag[at] - j;
-                        score -= x.slope * static_cast<float>(distance < 0 ? -distance : distance);
-                    }
-                    if (j < shared.lo[at] || j >= shared.hi[at]) score = -INFINITE;
-                    float keep = 1.f;
-                    if (S::is(DROPOUT) && dropout) keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + at, j, bh);
-                    Point point{shared.m[at], shared.c[at], shared.e[at]};
-                    float weight, ds;
-                    score_gradient(x.entmax, score, point, dp[0][n][i], keep, shared.delta[at], ds, weight);
-                    a[0][n][i] = weight;
-                    dp[0][n][i] = ds * p.scale;
+        int until = last_block * ROWS < p.q_len ? last_block * ROWS : p.q_len;
+        // The first rows from `row` on that want some key. All threads are done with the rows before when there are some.
+        auto find = [&](int row) {
+            for (; row < until; row += RB) {
+                if (blocks != nullptr && blocks[2 * (row / ROWS) + 1] >= 0) continue;
+                bool wanted = false;
+                if (ptx::thread() < RB) {
+                    Interval seen = interval(p, b, row + ptx::thread());
+                    wanted = seen.lo < seen.hi && seen.hi > first && seen.lo < first + KEYS;
                 }
-#pragma unroll
-            for (int n = 0; n < RB / 8; n += 2) {
-                float part[2][4];
-#pragma unroll
-                for (int j = 0; j < 2; ++j)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) part[j][i] = a[0][n + j][i];
-                multiply_weights<T, S::PV>(d_v, part, shared.d_out + n * 8 * S::PV + v_column);
-#pragma unroll
-                for (int j = 0; j < 2; ++j)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) part[j][i] = dp[0][n + j][i];
-                multiply_weights<T, S::PK>(d_k, part, shared.q + n * 8 * S::PK + k_column);
+                if (ptx::sync_any(wanted)) break;
             }
+            return row;
+        };
+        auto copy = [&](int row, int stage) {
+            if (row < until) {
+                T *q = shared.q + stage * S::KTile::SIZE, *d_out = shared.d_out + stage * S::VTile::SIZE;
+                copy_rows<T, S::BE, RB, S::WARPGROUP>(q, x.q(), p.q_row, p.head_dim, row, p.q_len);
+                copy_rows<T, S::BEV, RB, S::WARPGROUP>(d_out, x.d_out(), p.d_out_row, p.head_dim_v, row, p.q_len);
+                if (ptx::thread() < RB) {
+                    int of_row = row + ptx::thread(), i = stage * RB + ptx::thread();
+                    bool inside = of_row < p.q_len;
+                    i64 at = static_cast<i64>(bh) * p.q_len + of_row;
+                    Point point = x.entmax.point(inside ? p.m[at] : 0.f, inside ? p.c[at] : 0.f);
+                    shared.m[i] = point.m, shared.c[i] = point.c, shared.e[i] = point.e;
+                    shared.delta[i] = inside ? p.delta[at] : 0.f;
+                    Interval seen = interval(p, b, of_row);
+                    shared.lo[i] = seen.lo, shared.hi[i] = seen.hi, shared.diag[i] = seen.diag;
+                }
+            }
+            ptx::commit_copies();
+        };
+        int row = find(first_block * ROWS), next = row, stage = 0;
+        if (S::STAGES > 1) copy(row, 0);
+        for (; row < until; row = next) {
+            if (S::STAGES > 1) {
+                next = find(row + RB);
+                copy(next, stage ^ 1);
+            } else {
+                copy(row, 0);
+            }
+            land_copies<S, S::STAGES - 1>();
+            ptx::sync();
+            const T *q = shared.q + stage * S::KTile::SIZE, *d_out = shared.d_out + stage * S::VTile::SIZE;
+            float a[RB / 8][4], dp[RB / 8][4];
+            open_products<S>();
+            multiply_left(a, k, q);
+            multiply_left(dp, v, d_out);
+            close_products<S>(a, dp);
+            x.entmax.choose([&](auto chosen) {
+#pragma unroll
+                for (int n = 0; n < RB / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        int in_tile = n * 8 + lane() % 4 * 2 + i % 2, at = stage * RB + in_tile, j = key[i / 2];
+                        float score = a[n][i] * x.x_scale;
+                        if (S::is(ALIBI) && biased) {
+                            int distance = shared.diag[at] - j;
+                            score -= x.slope * static_cast<float>(distance < 0 ? -distance : distance);
+                        }
+                        if (j < shared.lo[at] || j >= shared.hi[at]) score = -INFINITE;
+                        float keep = 1.f;
+                        if (S::is(DROPOUT) && dropout) keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + in_tile, j, bh);
+                        Point point{shared.m[at], shared.c[at], shared.e[at]};
+                        float weight, ds, u;
+                        score_gradient(chosen, score, point, dp[n][i], keep, shared.delta[at], ds, weight, u);
+                        a[n][i] = weight;
+                        dp[n][i] = ds * p.scale;
+                    }
+            });
+            if constexpr (S::WARPGROUP) {
+                Weights<T, RB / 8> weights, ds;
+                weights.set(a);
+                ds.set(dp);
+                weights.settle();
+                ds.settle();
+                ptx::settle(d_v);
+                ptx::settle(d_k);
+                open_products<S>();
+                multiply_weights<typename S::VTile>(d_v, weights, d_out, v_column);
+                multiply_weights<typename S::KTile>(d_k, ds, q, k_column);
+                close_products<S>(d_v, d_k);
+            } else {
+#pragma unroll
+                for (int n = 0; n < RB / 8; n += 2) {
+                    float part[2][4];
+#pragma unroll
+                    for (int j = 0; j < 2; ++j)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) part[j][i] = a[n + j][i];
+                    multiply_weights<T, S::PV>(d_v, part, d_out + n * 8 * S::PV + v_column);
+#pragma unroll
+                    for (int j = 0; j < 2; ++j)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) part[j][i] = dp[n + j][i];
+                    multiply_weights<T, S::PK>(d_k, part, q + n * 8 * S::PK + k_column);
+                }
+            }
+            if (S::STAGES > 1) stage ^= 1;
+            else next = find(row + RB);
         }
     }
     ptx::wait_copies<0>();

@@ -23,7 +23,13 @@ DEVICE bool sampled_bound(const Block<S>& x, const Tiles<S>& shared, float (&t)[
     const Params& p = x.p;
     Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
     float f[2], s[2], m[2], c[2], above[2];
-    evaluate<false, false>(x, shared, Range<S::BN>(x, p.sample, true), zero, f, s, m);
+    // Where a key mask hides all of a row's sample, the max of nothing bounds nothing: then all keys are looked at.
+#pragma unroll 1
+    for (int step = p.sample;; step = 1) {
+        evaluate<false, false>(x, shared, Range<S::BN>(x, step, true), zero, f, s, m);
+        bool none = (x.some(0) && m[0] == -INFINITE) || (x.some(1) && m[1] == -INFINITE);
+        if (x.key_mask == nullptr || step == 1 || !ptx::sync_any(none)) break;
+    }
     bool some[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

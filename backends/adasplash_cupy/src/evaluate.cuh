@@ -9,47 +9,45 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
                      float (&top)[2]) {
     f[0] = f[1] = s[0] = s[1] = 0.f;
     top[0] = top[1] = SUMS ? 0.f : -INFINITE;
-    Left<typename S::T, S::BE> q(shared.q + warp() * 16 * S::PK);
+    bool small = fabsf(at[0].m) < 1e4f && fabsf(at[1].m) < 1e4f;
+    Left<S, S::BE, true> q(shared.q);
     each_tile(x, shared, keys, false, [&](int, const auto* k, const auto*, const int* index, bool whole) {
-        float a[1][S::NT][4];
-        clear(a[0]);
+        float a[S::NT][4];
+        open_products<S>();
         multiply_left(a, q, k);
-        if (SUMS && !S::is(ALIBI) && !x.entmax.is(POWER) && whole) {
-            // Scale, m and c in one rounding: most of the time goes into these four instructions.
+        close_products<S>(a);
+        // Tiles that all rows see are weighed as the product left them: most of the time goes into these few instructions an entry.
+        bool product = SUMS && !S::is(ALIBI) && whole && small;
+        if (!product) to_scores(a, x, index, whole);
+        if constexpr (SUMS) {
+            x.entmax.choose([&](auto chosen) {
+                auto add = [&](auto weigh) {
+#pragma unroll
+                    for (int n = 0; n < S::NT; ++n)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            float p, u;
+                            weigh(a[n][i], at[i / 2], p, u);
+                            f[i / 2] += p;
+                            s[i / 2] += u;
+                            if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
+                        }
+                };
+                if (product) add([&](float y, const Point& of, float& p, float& u) { chosen.weigh_product(y, x.x_scale, of, p, u); });
+                else add([&](float y, const Point& of, float& p, float& u) { chosen.weigh(y, of, p, u); });
+            });
+        } else {
 #pragma unroll
             for (int n = 0; n < S::NT; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float p, u;
-                    x.entmax.weigh_over(fmaf(a[0][n][i], x.x_scale, at[i / 2].c - at[i / 2].m), p, u);
-                    f[i / 2] += p;
-                    s[i / 2] += u;
-                    if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
-                }
-            return;
+                for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], a[n][i]);
         }
-        to_scores(a[0], x, index, whole);
-#pragma unroll
-        for (int n = 0; n < S::NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (SUMS) {
-                    float p, u;
-                    x.entmax.weigh(a[0][n][i], at[i / 2], p, u);
-                    f[i / 2] += p;
-                    s[i / 2] += u;
-                    if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
-                } else {
-                    top[i / 2] = fmaxf(top[i / 2], a[0][n][i]);
-                }
-            }
     });
 #pragma unroll
     for (int r = 0; r < 2; ++r) f[r] = row_sum(f[r]), s[r] = row_sum(s[r]), top[r] = SUMS ? row_sum(top[r]) : row_max(top[r]);
 }
 
-// c to a residual |sum p - 1| of at most tol, after which one more step is taken. For alpha 1.5 and 2 any reference serves as m; the
-// others need the row max.
+// c to a residual |sum p - 1| of at most tol, after which one more step is taken. Any reference serves as m.
 template <class S, class Shared, class Keys>
 DEVICE void solve(const Block<S>& x, const Shared& shared, const Keys& keys, const float (&m)[2], float (&c)[2]) {
     for (int step = 0; step < MAX_STEPS; ++step) {

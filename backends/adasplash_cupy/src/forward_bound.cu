@@ -1,9 +1,11 @@
 // Forward, first pass, where forward_mark follows: T and its margin, as forward_select has them. A program a block of 64 rows.
 #include "ptx.cuh"
+#include "wgmma.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
 #include "products.cuh"
 #include "rows.cuh"
+#include "blocks.cuh"
 #include "tiles.cuh"
 #include "evaluate.cuh"
 #include "bound.cuh"

@@ -4,41 +4,15 @@
 // A pass over the keys for each Newton step from the bound T, and one for the output; where there is no bound, one for the row max first.
 // Programs of all other blocks end at once.
 #include "ptx.cuh"
+#include "wgmma.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
 #include "products.cuh"
 #include "rows.cuh"
+#include "blocks.cuh"
 #include "tiles.cuh"
 #include "evaluate.cuh"
 #include "output.cuh"
-
-// tau and the output over `keys`; returns as write_output does.
-template <class S, class Keys>
-DEVICE int solve_and_write(const Block<S>& x, const Tiles<S>& shared, const Keys& keys, int* list) {
-    const Params& p = x.p;
-    float m[2], c[2];
-    if (p.entries != nullptr && !x.entmax.is(POWER)) {
-        // From the bound, which is near tau after forward_lists' steps.
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            bool inside = x.row[r] < p.q_len;
-            m[r] = inside ? p.t[x.row_at(r)] : 0.f;
-            c[r] = inside ? p.margin[x.row_at(r)] : 0.f;
-            if (!(fabsf(m[r]) < INFINITE)) m[r] = 0.f;
-        }
-    } else {
-        Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
-        float f[2], s[2];
-        evaluate<false, false>(x, shared, keys, zero, f, s, m);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            if (m[r] == -INFINITE) m[r] = 0.f;
-            c[r] = x.entmax.first_c();
-        }
-    }
-    solve(x, shared, keys, m, c);
-    return write_output(x, shared, keys, m, c, list);
-}
 
 // This program's block, or -1: in the order of the queue, so that the blocks that walk all keys, which take longest, come first.
 DEVICE int find_item(const Params& p) {
@@ -58,10 +32,10 @@ forward_dense(PARAMS p) {
     int count = p.entries == nullptr ? static_cast<int>(EVERY_KEY) : entry[1];
     Tiles<S> shared(true);
     Block<S> x(p, bh, block);
-    copy_rows<T, S::BE, ROWS>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
+    copy_rows<T, S::BE, ROWS, S::WARPGROUP>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
     ptx::commit_copies();
     for (int i = ptx::thread(); i < 2 * S::BN; i += THREADS) shared.flags[i] = 0;
-    ptx::wait_copies<0>();
+    land_copies<S, 0>();
     x.find_rows(shared.scratch);  // syncs
     int kept = -1;
     int* list = count >= 0 ? p.lists + entry[0] : nullptr;

@@ -1,93 +1,88 @@
 // Forward, second pass: exact tau, O and O2 of the blocks of rows whose lists are short.
 //
 // A long list is swept first: the keys found while T was still rising drop out, and T takes a Newton step. A list that fits is then
-// solved with its scores on chip; a longer one is left to forward_dense, as is one that still holds most of the keys. The keys that some
-// row really weighs are kept for the backward, as long as the pool has room.
+// solved with its scores on chip, or, where that is compiled in, with its keys and values on chip. A longer one is left to forward_dense,
+// as is one that still holds most of the keys. The keys that some row really weighs are kept for the backward, as long as the pool has
+// room.
 #include "ptx.cuh"
+#include "wgmma.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
 #include "products.cuh"
 #include "rows.cuh"
+#include "blocks.cuh"
 #include "tiles.cuh"
 #include "evaluate.cuh"
 #include "output.cuh"
 
 inline constexpr int SWEEPS = 2;  // after which T is near tau in most rows
 
-// Drops the keys below T, and raises T by a Newton step over the list, until it fits or this was done twice; returns its new length.
+// Drops the keys below T, and raises T by a Newton step over the list, until it is at most `fits` long, or after the first time `most`, or
+// this was done twice; returns its new length.
 template <class S>
-DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int count, int fits) {
+DEVICE int shrink(const Block<S>& x, const Tiles<S>& shared, int* list, int count, int fits, int most) {
+    if (!x.entmax.starts_anywhere()) return count;  // nothing is below such a T
     const Params& p = x.p;
-    float f[2], s[2], m[2], t[2], margin[2];
+    float f[2], s[2], t[2], margin[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         bool inside = x.row[r] < p.q_len;
         t[r] = inside ? p.t[x.row_at(r)] : 0.f;
         margin[r] = inside ? p.margin[x.row_at(r)] : 0.f;
     }
-    if (x.entmax.is(POWER)) {
-        Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
-        evaluate<false, false>(x, shared, List<S::BN>{list, count}, zero, f, s, m);
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-            if (m[r] > -INFINITE) t[r] = fmaxf(t[r], x.entmax.threshold(m[r], x.entmax.first_c()));
-    }
-    Left<typename S::T, S::BE> q(shared.q + warp() * 16 * S::PK);
-    for (int sweep = 0; sweep < SWEEPS && count > fits; ++sweep) {
-        // Measured from the bound itself (m := T, c := 0) the sums are those at tau = T.
-        Point at[2] = {x.entmax.point(t[0], 0.f), x.entmax.point(t[1], 0.f)};
+    Left<S, S::BE, true> q(shared.q);
+    for (int sweep = 0; sweep < SWEEPS && count > (sweep == 0 ? fits : most); ++sweep) {
+        // The sums are those at tau = T.
         float least[2];  // over T, of what stays
 #pragma unroll
         for (int r = 0; r < 2; ++r) f[r] = s[r] = 0.f, least[r] = x.some(r) ? -margin[r] : INFINITE;
         int kept = 0;
         each_tile(x, shared, List<S::BN>{list, count}, false, [&](int tile, const auto* k, const auto*, const int* index, bool whole) {
-            float a[1][S::NT][4];
-            clear(a[0]);
+            float a[S::NT][4];
+            open_products<S>();
             multiply_left(a, q, k);
+            close_products<S>(a);
             u32 bits = 0;
-            if (!S::is(ALIBI) && !x.entmax.is(POWER) && whole) {
+            bool product = !S::is(ALIBI) && whole;
+            float factor = product ? x.x_scale : 1.f;
+            if (!product) to_scores(a, x, index, whole);
+            x.entmax.choose([&](auto chosen) {
 #pragma unroll
                 for (int n = 0; n < S::NT; ++n)
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
-                        float over = fmaf(a[0][n][i], x.x_scale, -t[i / 2]), w, u;
+                        float over = fmaf(a[n][i], factor, -t[i / 2]), w, u;
                         if (over >= least[i / 2]) bits |= 1u << (2 * n + i % 2);
-                        x.entmax.weigh_over(over, w, u);
+                        chosen.weigh_over(over, w, u);
                         f[i / 2] += w;
                         s[i / 2] += u;
                     }
-            } else {
-                to_scores(a[0], x, index, whole);
-#pragma unroll
-                for (int n = 0; n < S::NT; ++n)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        if (a[0][n][i] > -INFINITE && a[0][n][i] - t[i / 2] >= least[i / 2]) bits |= 1u << (2 * n + i % 2);
-                        if (!x.entmax.is(POWER)) {
-                            float w, u;
-                            x.entmax.weigh(a[0][n][i], at[i / 2], w, u);
-                            f[i / 2] += w;
-                            s[i / 2] += u;
-                        }
-                    }
-            }
+            });
             int* flags = shared.flags + tile % 2 * S::BN;
             mark_columns<S::NT>(bits, flags);
             ptx::sync();
             if (warp() == 0) kept = append_flagged(list, kept, index, flags, S::BN);
         });
         count = from_first_warp(kept, shared.scratch);
-        if (x.entmax.is(POWER)) break;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             f[r] = row_sum(f[r]), s[r] = row_sum(s[r]);
-            if (f[r] > 1.f && f[r] < INFINITE) t[r] = fmaxf(t[r], t[r] - x.entmax.newton(0.f, f[r], s[r]) - margin[r]);
+            // Where c = 0 stands for T, whatever the reference.
+            float next = x.entmax.newton(0.f, f[r], s[r]), rise = x.entmax.is(POWER) ? next : -next;
+            if (f[r] > 1.f && f[r] < INFINITE) t[r] = fmaxf(t[r], t[r] + rise - margin[r]);
         }
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
         if (lane() % 4 == 0 && x.row[r] < p.q_len) p.t[x.row_at(r)] = t[r];
     return count;
+}
+
+// Longer lists that are solved here too: where there is room, their keys and values stay in shared memory, and each Newton step multiplies
+// anew. A warpgroup does that in few instructions.
+template <class S>
+DEVICE constexpr int keys_held() {
+    return S::WARPGROUP && S::STAGES > 3 ? S::STAGES * S::BN : 0;
 }
 
 // As many as the tiles in shared memory hold, unless the registers hold fewer.
@@ -100,25 +95,39 @@ DEVICE constexpr int keys_on_chip() {
 template <class S>
 DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int count) {
     using T = typename S::T;
-    constexpr int BS = keys_on_chip<S>(), NT = BS / 8;
-    constexpr int C = (S::BEV < 32 ? S::BEV : 32) / 8;  // the scores take most of the registers
+    constexpr int BS = keys_on_chip<S>(), NT = BS / 8, TILES = BS / S::BN;
+    // The scores take most of the registers, until a warpgroup's weights take their place, in half as many.
+    constexpr int C = S::WARPGROUP ? value_columns<S>() / 8 : (S::BEV < 32 ? S::BEV : 32) / 8;
+    using Tile = float (&)[S::NT][4];
     if (ptx::thread() < BS) shared.index[ptx::thread()] = ptx::thread() < count ? list[ptx::thread()] : -1;
     ptx::sync();
-    gather_rows<T, S::BE, BS>(shared.k, x.k, x.p.k_row, x.p.head_dim, shared.index);
+    for (int tile = 0; tile < TILES; ++tile) {
+        T* k = shared.k + tile * Tiles<S>::K_SIZE;
+        gather_rows<T, S::BE, S::BN, S::WARPGROUP>(k, x.k, x.p.k_row, x.p.head_dim, shared.index + tile * S::BN);
+    }
     ptx::commit_copies();
-    gather_rows<T, S::BEV, BS>(shared.v, x.v, x.p.v_row, x.p.head_dim_v, shared.index);
+    for (int tile = 0; tile < TILES; ++tile) {
+        T* v = shared.v + tile * Tiles<S>::V_SIZE;
+        gather_rows<T, S::BEV, S::BN, S::WARPGROUP>(v, x.v, x.p.v_row, x.p.head_dim_v, shared.index + tile * S::BN);
+    }
     ptx::commit_copies();
-    ptx::wait_copies<1>();
+    land_copies<S, 1>();
     ptx::sync();
-    float a[1][NT][4];
-    clear(a[0]);
-    multiply_rows<T, S::BE>(a, shared.q + warp() * 16 * S::PK, shared.k);
-    to_scores(a[0], x, shared.index, false);
+    float a[NT][4];
+    {
+        Left<S, S::BE, S::WARPGROUP> q(shared.q);
+        open_products<S>();
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
+            multiply_left(reinterpret_cast<Tile>(a[tile * S::NT]), q, shared.k + tile * Tiles<S>::K_SIZE);
+        close_products<S>(a);
+    }
+    to_scores(a, x, shared.index, false);
     float m[2] = {-INFINITE, -INFINITE}, c[2];
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) m[i / 2] = fmaxf(m[i / 2], a[0][n][i]);
+        for (int i = 0; i < 4; ++i) m[i / 2] = fmaxf(m[i / 2], a[n][i]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         m[r] = row_max(m[r]);
@@ -128,19 +137,21 @@ DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int cou
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[0][n][i] -= m[i / 2];
+        for (int i = 0; i < 4; ++i) a[n][i] -= m[i / 2];
     for (int step = 0; step < MAX_STEPS; ++step) {
         Point at[2] = {x.entmax.point(0.f, c[0]), x.entmax.point(0.f, c[1])};
         float f[2] = {0.f, 0.f}, s[2] = {0.f, 0.f};
+        x.entmax.choose([&](auto chosen) {
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
+            for (int n = 0; n < NT; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float p, u;
-                x.entmax.weigh(a[0][n][i], at[i / 2], p, u);
-                f[i / 2] += p;
-                s[i / 2] += u;
-            }
+                for (int i = 0; i < 4; ++i) {
+                    float p, u;
+                    chosen.weigh(a[n][i], at[i / 2], p, u);
+                    f[i / 2] += p;
+                    s[i / 2] += u;
+                }
+        });
         bool more = false;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -150,23 +161,44 @@ DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int cou
         }
         if (ptx::ballot(more) == 0) break;
     }
-    ptx::wait_copies<0>();
+    land_copies<S, 0>();
     ptx::sync();
     Point at[2] = {x.entmax.point(0.f, c[0]), x.entmax.point(0.f, c[1])};
     Sums<S> sums;
     u32 bits = 0;
-#pragma unroll 1
-    for (int column = 0; column < S::BEV; column += 8 * C) {
-        float o[C][4], o2[C][4];
-        clear(o);
-        clear(o2);
-        at[0].c = ptx::renewed(at[0].c), at[1].c = ptx::renewed(at[1].c);
-        u32 found = add_output(x, a[0], shared.v + column, shared.index, at, column == 0, sums, o, o2);
-        if (column == 0) {
-            bits = found;
-            sums.finish();
+    if constexpr (S::WARPGROUP) {
+        OutputWeights<S, S::NT> weights[TILES];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            u32 found = weights[tile].set(x, reinterpret_cast<Tile>(a[tile * S::NT]), shared.index + tile * S::BN, at, true, true, sums);
+            bits |= found << tile * 2 * S::NT;
         }
-        store_output(x, shared.q, sums, o, o2, column);
+        sums.finish();
+#pragma unroll 1
+        for (int column = 0; column < S::BEV; column += 8 * C) {
+            float o[C][4], o2[C][4];
+            clear(o);
+            clear(o2);
+            open_products<S>();
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) weights[tile].multiply(shared.v + tile * Tiles<S>::V_SIZE, column, o, o2);
+            close_products<S>(o, o2);
+            store_output(x, shared.q, warp() * 16, sums, o, o2, column);
+        }
+    } else {
+#pragma unroll 1
+        for (int column = 0; column < S::BEV; column += 8 * C) {
+            float o[C][4], o2[C][4];
+            clear(o);
+            clear(o2);
+            at[0].c = ptx::renewed(at[0].c), at[1].c = ptx::renewed(at[1].c);
+            u32 found = add_output(x, a, shared.v, column, shared.index, at, column == 0, column == 0, sums, o, o2);
+            if (column == 0) {
+                bits = found;
+                sums.finish();
+            }
+            store_output(x, shared.q, warp() * 16, sums, o, o2, column);
+        }
     }
     store_states(x, sums, m, c);
     mark_columns<NT>(bits, shared.flags);
@@ -181,10 +213,10 @@ DEVICE void enqueue(const Params& p, int count) {
 }
 
 template <class S>
-KERNEL(THREADS, programs<S>(3))
+KERNEL(THREADS, programs<S>(keys_held<S>() > 0 ? 2 : 3))
 forward_lists(PARAMS p) {
     using T = typename S::T;
-    constexpr int FITS = keys_on_chip<S>();
+    constexpr int FITS = keys_on_chip<S>(), HELD = keys_held<S>(), MOST = HELD > FITS ? HELD : FITS;
     int bh = ptx::block_x() / p.q_blocks, block = p.q_blocks - 1 - ptx::block_x() % p.q_blocks;
     int* entry = p.entries + (static_cast<i64>(bh) * p.q_blocks + block) * 2;
     int count = entry[1];
@@ -194,15 +226,20 @@ forward_lists(PARAMS p) {
     }
     Tiles<S> shared(true);
     Block<S> x(p, bh, block);
-    copy_rows<T, S::BE, ROWS>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
+    copy_rows<T, S::BE, ROWS, S::WARPGROUP>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
     ptx::commit_copies();
     for (int i = ptx::thread(); i < 2 * S::BN; i += THREADS) shared.flags[i] = 0;
-    ptx::wait_copies<0>();
+    land_copies<S, 0>();
     x.find_rows(shared.scratch);  // syncs
     int* list = p.lists + entry[0];
-    if (count > FITS) count = shrink(x, shared, list, count, FITS);
+    if (count > FITS) count = shrink(x, shared, list, count, FITS, MOST);
     if (count <= FITS) {
         keep_list(x, list, on_chip(x, shared, list, count), shared.scratch);
+        count = FINISHED;
+    } else if (count <= MOST) {
+        Held<S::BN> keys{count};
+        keys.take(x, shared, list);
+        keep_list(x, list, solve_and_write(x, shared, keys, list), shared.scratch);
         count = FINISHED;
     } else {
         int limit = (x.end - x.low) / 100 * p.dense_percent;

@@ -11,6 +11,7 @@
 // "Is scale * s - T negative?" is asked of one fused multiply-add, in one rounding. Where SUBTRACT, of the tensor cores' sums: one more
 // step adds -T / |scale|, as the sum of three bfloat16 in place of a query's columns, to the products of K and sign(scale) Q.
 #include "ptx.cuh"
+#include "wgmma.cuh"
 #include "hopper.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
@@ -29,17 +30,17 @@ DEVICE u64 held(u64 descriptor) {
 // 64 keys by the group's 128 queries, as one group of products. Descriptors, which count in 16 bytes, of both, and of `parts` where
 // SUBTRACT.
 template <class S>
-DEVICE void multiply_group(float (&sums)[64], u64 k, u64 q, u64 parts, int group) {
+DEVICE void multiply_group(float (&sums)[16][4], u64 k, u64 q, u64 parts, int group) {
     ptx::open_products();
 #pragma unroll
     for (int column = 0; column < S::BE; column += 16) {
         int to = column / 64 * S::PANEL / 8 + column % 64 / 8;
         if (column == 0)
-            ptx::multiply_tiles<typename S::T, false>(sums, k + to, q + to);
+            ptx::multiply_tiles<typename S::T, false, false, false>(sums, k + to, q + to);
         else
-            ptx::multiply_tiles<typename S::T, true>(sums, k + to, q + to);
+            ptx::multiply_tiles<typename S::T, true, false, false>(sums, k + to, q + to);
     }
-    if (S::SUBTRACT) ptx::multiply_tiles<bf16_t, true>(sums, parts + 2 * S::ONES, parts + 2 * group);
+    if (S::SUBTRACT) ptx::multiply_tiles<bf16_t, true, false, false>(sums, parts + 2 * S::ONES, parts + 2 * group);
     ptx::commit_products();
 }
 
@@ -120,7 +121,7 @@ DEVICE void find_keys(int key, const Seen& seen, int (&keys)[2]) {
 }
 
 // Sums of queries and keys that they do not see become negative.
-DEVICE void hide(float (&sums)[64], int key, const Seen& seen) {
+DEVICE void hide(float (&sums)[16][4], int key, const Seen& seen) {
     int keys[2];
     find_keys(key, seen, keys);
 #pragma unroll
@@ -130,14 +131,14 @@ DEVICE void hide(float (&sums)[64], int key, const Seen& seen) {
             int query = n * 8 + lane() % 4 * 2 + e, lo = seen.lo[query], hi = seen.hi[query];
 #pragma unroll
             for (int r = 0; r < 2; ++r)
-                if (keys[r] < lo || keys[r] >= hi) sums[4 * n + 2 * r + e] = -1.f;
+                if (keys[r] < lo || keys[r] >= hi) sums[n][2 * r + e] = -1.f;
         }
 }
 
 // Which of this warp's 16 keys, `key` ..., this thread's queries do not want: the highest bits of four bytes, of both halves of the
 // queries, and in each of keys lane / 4 and 8 later.
 template <bool FOLLOW, bool WHOLE, bool SUBTRACT>
-DEVICE u32 judge(const float (&sums)[64], Wanted<SUBTRACT>& wanted, int key, const Seen& seen) {
+DEVICE u32 judge(const float (&sums)[16][4], Wanted<SUBTRACT>& wanted, int key, const Seen& seen) {
     u32 signs[2][2] = {{~0u, ~0u}, {~0u, ~0u}};
     int keys[2];
     if (!WHOLE) find_keys(key, seen, keys);
@@ -146,7 +147,7 @@ DEVICE u32 judge(const float (&sums)[64], Wanted<SUBTRACT>& wanted, int key, con
         u32 over[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            float x = SUBTRACT ? sums[4 * n + i] : fmaf(sums[4 * n + i], wanted.factor, wanted.start[2 * n + i % 2]);
+            float x = SUBTRACT ? sums[n][i] : fmaf(sums[n][i], wanted.factor, wanted.start[2 * n + i % 2]);
             if (!WHOLE) {
                 int query = n * 8 + lane() % 4 * 2 + i % 2;
                 if (keys[i / 2] < seen.lo[query] || keys[i / 2] >= seen.hi[query]) x = -1.f;
@@ -232,7 +233,7 @@ DEVICE void mark(const Params& p, const MarkTiles<S>& shared, u32* hits) {
     Place<2> buffer;
     u32 turn = 0;
     Wanted<S::SUBTRACT> wanted;
-    float a[64], b[S::AHEAD ? 64 : 1];
+    float a[16][4], b[S::AHEAD ? 16 : 1][4];
     u64 tiles = held(ptx::rows_of_128_bytes(shared.k)), parts = held(ptx::rows_of_128_bytes(shared.parts));
     for (;;) {
         ptx::wait(shared.q_full + q.at, q.parity);
@@ -286,10 +287,10 @@ DEVICE void mark(const Params& p, const MarkTiles<S>& shared, u32* hits) {
                 k.next();
             }
         };
-        auto multiply = [&](float (&sums)[64], int half) {
+        auto multiply = [&](float (&sums)[16][4], int half) {
             multiply_group<S>(sums, tiles + (k.at * (S::SIZE / 8) + half * (64 * 64 / 8)), of_queries, parts, group);
         };
-        auto look = [&](float (&sums)[64], int half) {
+        auto look = [&](float (&sums)[16][4], int half) {
             int first = tile * S::KEYS + half * 64, key = first + warp_of_group * 16;
             if (first < whole_from || first + 64 > whole_to) {
                 if (!S::SUBTRACT) return judge<S::FOLLOW, false>(sums, wanted, key, seen);
@@ -321,10 +322,12 @@ DEVICE void mark(const Params& p, const MarkTiles<S>& shared, u32* hits) {
                 await_turn();
                 multiply(a, 0);
                 multiply(b, 1);
-                ptx::wait_products<1>(a);
+                ptx::wait_products<1>();
+                ptx::settle(a);
                 end_turn();
                 u32 first = look(a, 0);
-                ptx::wait_products<0>(b);
+                ptx::wait_products<0>();
+                ptx::settle(b);
                 pass(k);
                 k.next();
                 note_both(first, look(b, 1));
@@ -334,7 +337,8 @@ DEVICE void mark(const Params& p, const MarkTiles<S>& shared, u32* hits) {
             for (; tile < until; ++tile) {
                 ptx::wait(shared.k_full + k.at, k.parity);
                 multiply(a, part);
-                ptx::wait_products<0>(a);
+                ptx::wait_products<0>();
+                ptx::settle(a);
                 pass(k);
                 k.next();
                 note(look(a, part), part);
@@ -344,10 +348,12 @@ DEVICE void mark(const Params& p, const MarkTiles<S>& shared, u32* hits) {
             for (; tile < until; ++tile) {
                 ptx::wait(shared.k_full + k.at, k.parity);
                 multiply(a, 0);
-                ptx::wait_products<0>(a);
+                ptx::wait_products<0>();
+                ptx::settle(a);
                 u32 first = look(a, 0);
                 multiply(a, 1);
-                ptx::wait_products<0>(a);
+                ptx::wait_products<0>();
+                ptx::settle(a);
                 pass(k);
                 k.next();
                 note_both(first, look(a, 1));

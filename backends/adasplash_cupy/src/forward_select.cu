@@ -11,10 +11,12 @@
 // along the thread's own axis; sums start at -T, so that it is one of sign bits. A program takes blocks until there are none left, and
 // keeps the marks of the one at hand in a row of bits of its own.
 #include "ptx.cuh"
+#include "wgmma.cuh"
 #include "params.cuh"
 #include "entmax.cuh"
 #include "products.cuh"
 #include "rows.cuh"
+#include "blocks.cuh"
 #include "tiles.cuh"
 #include "evaluate.cuh"
 #include "bound.cuh"

@@ -5,11 +5,11 @@
 // in score units (AdaSplash, arXiv 2502.12082, App. A). A dropped entry is absent from O2, dp and the p of dV, and stays in u.
 #pragma once
 
-// (ds, p as dV needs it) of an entry with x, dp = dO . V; `keep` is 1 without dropout.
-template <class E>
-DEVICE void score_gradient(const E& entmax, float x, const Point& at, float dp, float keep, float delta, float& ds, float& p) {
-    float u;
-    entmax.weigh(x, at, p, u);
+// (ds, p as dV needs it, u) of an entry with x, dp = dO . V; `keep` is 1 without dropout. `chosen`: of Entmax::choose.
+template <class Chosen>
+DEVICE void score_gradient(const Chosen& chosen, float x, const Point& at, float dp, float keep, float delta, float& ds, float& p,
+                           float& u) {
+    chosen.weigh(x, at, p, u);
     // Not merely u * (...): beside a key that does not exist, whatever its memory holds, 0 must stay 0.
     ds = u == 0.f ? 0.f : u * (dp * keep - delta);
     p = p == 0.f ? 0.f : p * keep;

@@ -23,37 +23,122 @@ struct Sums {
     }
 };
 
-// Adds the scores a of N tiles of 8 keys to (O, O2); returns the bits of the columns that some row weighs, for mark_columns.
-template <class S, int N, int C>
-DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename S::T* v, const int* index, const Point (&at)[2],
-                      bool count, Sums<S>& sums, float (&o)[C][4], float (&o2)[C][4]) {
-    bool dropout = S::is(DROPOUT) && x.p.seed != nullptr, grad = S::is(GRAD) && x.p.o2 != nullptr;
-    u32 bits = 0;
+// o += p V and, where `grad`, o2 += u V, over 16 keys whose weights are packed as the tensor cores take them.
+template <class S, int C>
+DEVICE void multiply_packed(float (&o)[C][4], float (&o2)[C][4], const u32 (&p)[4], const u32 (&u)[4], const typename S::T* v,
+                            bool grad) {
+    using T = typename S::T;
+    const T* row = v + lane() % 16 * S::PV + lane() / 16 * 8;
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-        float p[2][4], u[2][4];
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int r = i / 2;
-                x.entmax.weigh(a[n + j][i], at[r], p[j][i], u[j][i]);
-                if (count) {
-                    sums.p[r] += p[j][i];
-                    sums.u[r] += u[j][i];
-                    sums.support[r] += p[j][i] > 0.f;
-                    if (u[j][i] != 0.f) bits |= 1u << (2 * (n + j) + i % 2);
-                }
-                if (S::is(DROPOUT) && dropout) {
-                    float keep = x.keep(r, index[(n + j) * 8 + lane() % 4 * 2 + i % 2]);
-                    p[j][i] *= keep;
-                    u[j][i] *= keep;
-                }
-            }
-        multiply_weights<typename S::T, S::PV>(o, p, v + n * 8 * S::PV);
-        if (S::is(GRAD) && grad) multiply_weights<typename S::T, S::PV>(o2, u, v + n * 8 * S::PV);
+    for (int n = 0; n < C; n += 2) {
+        u32 part[4];
+        ptx::load_matrices_transposed(part, row + n * 8);
+        ptx::multiply_add<T>(o[n], p, part[0], part[1]);
+        ptx::multiply_add<T>(o[n + 1], p, part[2], part[3]);
+        if (S::is(GRAD) && grad) {
+            ptx::multiply_add<T>(o2[n], u, part[0], part[1]);
+            ptx::multiply_add<T>(o2[n + 1], u, part[2], part[3]);
+        }
     }
+}
+
+// As multiply_weights of each, with V loaded once where it is more than two tiles wide.
+template <class S, int C>
+DEVICE void multiply_weights(float (&o)[C][4], float (&o2)[C][4], const float (&p)[2][4], const float (&u)[2][4],
+                             const typename S::T* v, bool grad) {
+    using T = typename S::T;
+    if constexpr (sizeof(T) == 2 && S::is(GRAD) && C > 2) {
+        u32 packed_p[4], packed_u[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            packed_p[i] = ptx::pack<T>(p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1]);
+            packed_u[i] = ptx::pack<T>(u[i / 2][i % 2 * 2], u[i / 2][i % 2 * 2 + 1]);
+        }
+        multiply_packed<S>(o, o2, packed_p, packed_u, v, grad);
+    } else {
+        multiply_weights<T, S::PV>(o, p, v);
+        if (S::is(GRAD) && grad) multiply_weights<T, S::PV>(o2, u, v);
+    }
+}
+
+// Weights of the scores a of N tiles of 8 keys: then(n, p, u) for each two tiles. Adds to `sums` where `count`; where `mark`, returns the
+// bits of the columns that some row weighs, for mark_columns.
+template <class S, int N, class Then>
+DEVICE u32 weigh_keys(const Block<S>& x, const float (&a)[N][4], const int* index, const Point (&at)[2], bool count, bool mark,
+                      Sums<S>& sums, Then&& then) {
+    bool dropout = S::is(DROPOUT) && x.p.seed != nullptr;
+    u32 bits = 0;
+    x.entmax.choose([&](auto chosen) {
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            float p[2][4], u[2][4];
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    int r = i / 2;
+                    chosen.weigh(a[n + j][i], at[r], p[j][i], u[j][i]);
+                    if (count) {
+                        sums.p[r] += p[j][i];
+                        sums.u[r] += u[j][i];
+                        sums.support[r] += p[j][i] > 0.f;
+                    }
+                    if (mark && u[j][i] != 0.f) bits |= 1u << (2 * (n + j) + i % 2);
+                    if (S::is(DROPOUT) && dropout) {
+                        float keep = x.keep(r, index[(n + j) * 8 + lane() % 4 * 2 + i % 2]);
+                        p[j][i] *= keep;
+                        u[j][i] *= keep;
+                    }
+                }
+            then(n, p, u);
+        }
+    });
     return bits;
+}
+
+// The same, as left operands of a warpgroup.
+template <class S, int N>
+struct OutputWeights {
+    Weights<typename S::T, N> p, u;
+
+    DEVICE u32 set(const Block<S>& x, const float (&a)[N][4], const int* index, const Point (&at)[2], bool count, bool mark,
+                   Sums<S>& sums) {
+        u32 bits = weigh_keys(x, a, index, at, count, mark, sums, [&](int n, const float (&tile_p)[2][4], const float (&tile_u)[2][4]) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                p.set(n + j, tile_p[j]);
+                if (S::is(GRAD)) u.set(n + j, tile_u[j]);
+            }
+        });
+        p.settle();
+        if (S::is(GRAD)) u.settle();
+        return bits;
+    }
+    // Adds to (O, O2) within open_products() and close_products().
+    template <int C>
+    DEVICE void multiply(const typename S::T* v, int column, float (&o)[C][4], float (&o2)[C][4]) const {
+        multiply_weights<typename S::VTile>(o, p, v, column);
+        if constexpr (S::is(GRAD)) multiply_weights<typename S::VTile>(o2, u, v, column);
+    }
+};
+
+// Adds the scores a of N tiles of 8 keys to columns `column` ... of (O, O2); returns as weigh_keys does.
+template <class S, int N, int C>
+DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename S::T* v, int column, const int* index,
+                      const Point (&at)[2], bool count, bool mark, Sums<S>& sums, float (&o)[C][4], float (&o2)[C][4]) {
+    if constexpr (S::WARPGROUP) {
+        OutputWeights<S, N> weights;
+        u32 bits = weights.set(x, a, index, at, count, mark, sums);
+        open_products<S>();
+        weights.multiply(v, column, o, o2);
+        close_products<S>(o, o2);
+        return bits;
+    } else {
+        bool grad = S::is(GRAD) && x.p.o2 != nullptr;
+        return weigh_keys(x, a, index, at, count, mark, sums, [&](int n, const float (&p)[2][4], const float (&u)[2][4]) {
+            multiply_weights<S>(o, o2, p, u, v + column + n * 8 * S::PV, grad);
+        });
+    }
 }
 
 // Whether a row of Q holds NaN or inf: such a query spoils its own row, whatever its keys.
@@ -62,7 +147,7 @@ DEVICE bool broken_row(const typename S::T* q, int row) {
     using Part = Chunk<typename S::T>;
     float zero = 0.f;  // until it is NaN
     for (int i = lane() % 4; i < S::BE / Part::SIZE; i += 4) {
-        Part part = reinterpret_cast<const Part*>(q + row * S::PK)[i];
+        Part part = *reinterpret_cast<const Part*>(q + S::QTile::at(row, i * Part::SIZE));
 #pragma unroll
         for (int j = 0; j < Part::SIZE; ++j) zero = fmaf(ptx::to_float(part.x[j]), 0.f, zero);
     }
@@ -71,16 +156,16 @@ DEVICE bool broken_row(const typename S::T* q, int row) {
     return (any | ptx::shuffle_xor(any, 2)) != 0;
 }
 
-// Normalises and writes columns first_column ... of a block of rows; rows that see no key become 0.
+// Normalises and writes columns first_column ... of this warp's rows, from row `first` of q on; rows that see no key become 0.
 template <class S, int C>
-DEVICE void store_output(const Block<S>& x, const typename S::T* q, const Sums<S>& sums, const float (&o)[C][4],
+DEVICE void store_output(const Block<S>& x, const typename S::T* q, int first, const Sums<S>& sums, const float (&o)[C][4],
                          const float (&o2)[C][4], int first_column) {
     using T = typename S::T;
     const Params& p = x.p;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         bool some = x.some(r), live = some && sums.p[r] > 0.f;
-        bool broken = broken_row<S>(q, warp() * 16 + lane() / 4 + 8 * r) || sums.p[r] != sums.p[r];
+        bool broken = broken_row<S>(q, first + lane() / 4 + 8 * r) || sums.p[r] != sums.p[r];
         float scale = live ? 1.f / sums.p[r] : 0.f, scale_2 = live && sums.u[r] > 0.f ? 1.f / sums.u[r] : 0.f;
         if (x.row[r] >= p.q_len) continue;
         T* out = static_cast<T*>(p.out) + x.b * p.out_batch + x.head * p.out_head + x.row[r] * p.out_row;
@@ -89,9 +174,9 @@ DEVICE void store_output(const Block<S>& x, const typename S::T* q, const Sums<S
         for (int n = 0; n < C; ++n) {
             int column = first_column + n * 8 + lane() % 4 * 2;
             if (column < p.head_dim_v) {
-                float first = live ? o[n][2 * r] * scale : 0.f, second = live ? o[n][2 * r + 1] * scale : 0.f;
-                if (some && broken) first = second = ptx::float_of(0x7fc00000u);
-                store_pair(out + column, first, second);
+                float left = live ? o[n][2 * r] * scale : 0.f, right = live ? o[n][2 * r + 1] * scale : 0.f;
+                if (some && broken) left = right = ptx::float_of(0x7fc00000u);
+                store_pair(out + column, left, right);
                 if (S::is(GRAD) && p.o2 != nullptr)
                     store_pair(out_2 + column, live ? o2[n][2 * r] * scale_2 : 0.f, live ? o2[n][2 * r + 1] * scale_2 : 0.f);
             }
@@ -117,21 +202,6 @@ DEVICE void store_states(const Block<S>& x, const Sums<S>& sums, const float (&m
     }
 }
 
-// The bits of add_output alone.
-template <class S, int N>
-DEVICE u32 weighed_columns(const Block<S>& x, const float (&a)[N][4], const Point (&at)[2]) {
-    u32 bits = 0;
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float p, u;
-            x.entmax.weigh(a[n][i], at[i / 2], p, u);
-            if (u != 0.f) bits |= 1u << (2 * n + i % 2);
-        }
-    return bits;
-}
-
 // O and O2 over `keys`. With `list`, the keys that some row weighs are left there, and their number is returned (by warp 0).
 template <class S, class Keys>
 DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& keys, const float (&m)[2], const float (&c)[2],
@@ -141,32 +211,58 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
     Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
     Sums<S> sums;
     int kept = 0;
-    Left<T, S::BE> q(shared.q + warp() * 16 * S::PK);
+    Left<S, S::BE, S::BEV <= 64> q(shared.q);  // the sums of wider values leave no registers for Q
 #pragma unroll 1
     for (int column = 0; column < S::BEV; column += 8 * C) {
         float o[C][4], o2[C][4];
         clear(o);
         clear(o2);
         each_tile(x, shared, keys, true, [&](int tile, const T* k, const T* v, const int* index, bool whole) {
-            float a[1][S::NT][4];
-            clear(a[0]);
+            float a[S::NT][4];
+            open_products<S>();
             multiply_left(a, q, k);
-            to_scores(a[0], x, index, whole);
-            u32 bits = add_output(x, a[0], v + column, index, at, column == 0, sums, o, o2);
-            if (list != nullptr && column + 8 * C >= S::BEV) {
-                // In the last pass, so that the others still find the list as it was.
+            close_products<S>(a);
+            to_scores(a, x, index, whole);
+            bool mark = list != nullptr && column + 8 * C >= S::BEV;  // in the last pass: the others still find the list as it was
+            u32 bits = add_output(x, a, v, column, index, at, column == 0, mark, sums, o, o2);
+            if (mark) {
                 int* flags = shared.flags + tile % 2 * S::BN;
-                if (column != 0) bits = weighed_columns(x, a[0], at);
                 mark_columns<S::NT>(bits, flags);
                 ptx::sync();
                 if (warp() == 0) kept = append_flagged(list, kept, index, flags, S::BN);
             }
         });
         if (column == 0) sums.finish();
-        store_output(x, shared.q, sums, o, o2, column);
+        store_output(x, shared.q, warp() * 16, sums, o, o2, column);
     }
     store_states(x, sums, m, c);
     return kept;
+}
+
+// tau and the output over `keys`; returns as write_output does.
+template <class S, class Keys>
+DEVICE int solve_and_write(const Block<S>& x, const Tiles<S>& shared, const Keys& keys, int* list) {
+    const Params& p = x.p;
+    float m[2], c[2];
+    if (p.entries != nullptr && x.entmax.starts_anywhere()) {
+        // From the bound, which is near tau after forward_lists' steps.
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            bool inside = x.row[r] < p.q_len;
+            x.entmax.start(inside ? p.t[x.row_at(r)] : 0.f, inside ? p.margin[x.row_at(r)] : 0.f, m[r], c[r]);
+        }
+    } else {
+        Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
+        float f[2], s[2];
+        evaluate<false, false>(x, shared, keys, zero, f, s, m);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (m[r] == -INFINITE) m[r] = 0.f;
+            c[r] = x.entmax.first_c();
+        }
+    }
+    solve(x, shared, keys, m, c);
+    return write_output(x, shared, keys, m, c, list);
 }
 
 // A value of warp 0, to all threads.

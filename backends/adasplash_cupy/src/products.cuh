@@ -4,7 +4,8 @@
 // l / 4 + 8, the columns 2 (l % 4) and the next. 16-bit elements go through the tensor cores; fp32 through fused multiply-adds in
 // the same layout, in the order of the inner dimension, so that nothing is rounded but the products' sums.
 //
-// Rows of a tile in shared memory are 16 bytes longer than their content: eight rows then start in eight different groups of banks.
+// Rows of a tile in shared memory are 16 bytes longer than their content: eight rows then start in eight different groups of banks. Tiles that
+// a warpgroup multiplies lie in panels instead, see Layout.
 #pragma once
 
 inline constexpr int ROWS = 64;      // query rows a block, which share one list of keys
@@ -15,6 +16,17 @@ template <class T>
 DEVICE constexpr int pitch(int columns) {
     return columns + 16 / static_cast<int>(sizeof(T));
 }
+
+// R rows of D columns in shared memory: one behind another; or, where PANELS, each 64 columns as wgmma.cuh wants them, chunk c (of 8
+// elements) of row r in the place of chunk c ^ r % 8: eight rows of a chunk lie in different banks then too.
+template <class T, int D, int R, bool PANELS>
+struct Layout {
+    static constexpr int SIZE = R * (PANELS ? D : pitch<T>(D)), PANEL = R * 64;  // elements
+    DEVICE static int at(int row, int column) {
+        if (!PANELS) return row * pitch<T>(D) + column;
+        return column / 64 * PANEL + row * 64 + ((column / 8 ^ row) % 8) * 8 + column % 8;
+    }
+};
 
 DEVICE int lane() { return ptx::thread() % 32; }
 DEVICE int warp() { return ptx::thread() / 32; }
@@ -97,42 +109,6 @@ DEVICE void multiply_rows(float (&c)[M][N][4], const T* a, const T* b) {
                 }
             }
         }
-    }
-}
-
-// 16 rows as the left operand of many products: in registers if they fit there beside what else a pass holds.
-template <class T, int D>
-struct Left {
-    static constexpr bool HELD = sizeof(T) == 2 && D <= 64;
-    const T* rows;
-    u32 held[HELD ? D / 16 : 1][4];
-
-    DEVICE explicit Left(const T* rows_) : rows(rows_) {
-        if constexpr (HELD) {
-#pragma unroll
-            for (int k = 0; k < D; k += 16)
-                ptx::load_matrices(held[k / 16], rows + lane() % 16 * pitch<T>(D) + lane() / 16 * 8 + k);
-        }
-    }
-};
-
-// c += left b^T, as multiply_rows.
-template <class T, int D, int N>
-DEVICE void multiply_left(float (&c)[1][N][4], const Left<T, D>& left, const T* b) {
-    if constexpr (Left<T, D>::HELD) {
-        int l = lane();
-        const T* b_row = b + (l / 16 * 8 + l % 8) * pitch<T>(D) + l / 8 % 2 * 8;
-#pragma unroll
-        for (int k = 0; k < D; k += 16)
-#pragma unroll
-            for (int n = 0; n < N; n += 2) {
-                u32 fb[4];
-                ptx::load_matrices(fb, b_row + n * 8 * pitch<T>(D) + k);
-                ptx::multiply_add<T>(c[0][n], left.held[k / 16], fb[0], fb[1]);
-                ptx::multiply_add<T>(c[0][n + 1], left.held[k / 16], fb[2], fb[3]);
-            }
-    } else {
-        multiply_rows<T, D>(c, left.rows, b);
     }
 }
 

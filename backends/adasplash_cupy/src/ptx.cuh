@@ -67,16 +67,17 @@ DEVICE float renewed(float x) {
     return x;
 }
 
-// max(x, 0), but NaN for NaN.
-DEVICE float positive(float x) {
+// The larger of two numbers, but NaN where x is.
+DEVICE float at_least(float x, float least) {
 #if __CUDA_ARCH__ >= 800
     float y;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(least));
     return y;
 #else
-    return x <= 0.f ? 0.f : x;
+    return x <= least ? least : x;
 #endif
 }
+DEVICE float positive(float x) { return at_least(x, 0.f); }
 
 DEVICE float exp2_fast(float x) {
     float y;
@@ -86,6 +87,17 @@ DEVICE float exp2_fast(float x) {
 DEVICE float log2_fast(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// To 2^-22 of the result.
+DEVICE float sqrt_fast(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float divide_fast(float x, float by) {
+    float y;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(by));
     return y;
 }
 

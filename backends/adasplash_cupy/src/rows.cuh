@@ -9,13 +9,20 @@ inline constexpr int OPEN = 1 << 30;  // no bound
 // What a block of rows has in place of a list's length.
 enum Entry { EVERY_KEY = -1, FINISHED = -2 };
 
-// One instantiation: element type, padded head dims, what is known of alpha, keys a tile, tiles in flight, Flags.
-template <class T_, int BE_, int BEV_, int ALPHA_, int BN_, int STAGES_, int FLAGS_>
+// One instantiation: element type, padded head dims, what is known of alpha, keys a tile, tiles in flight, Flags, and whether the four
+// warps of a block multiply together, as a warpgroup (sm_90a).
+template <class T_, int BE_, int BEV_, int ALPHA_, int BN_, int STAGES_, int FLAGS_, int WARPGROUP_ = 0>
 struct Shape {
     using T = T_;
     static constexpr int BE = BE_, BEV = BEV_, ALPHA = ALPHA_, BN = BN_, STAGES = STAGES_, FLAGS = FLAGS_;
     static constexpr int PK = pitch<T>(BE), PV = pitch<T>(BEV);  // of rows of Q and K, and of V and dO
     static constexpr int NT = BN / 8;                            // tiles of 8 keys
+    static constexpr bool WARPGROUP = WARPGROUP_ != 0;
+    static_assert(!WARPGROUP || (BE % 64 == 0 && BEV % 64 == 0 && sizeof(T) == 2), "panels of 64 columns of 16 bits");
+    using QTile = Layout<T, BE, ROWS, WARPGROUP>;                // of Q, dO, K and V in shared memory
+    using OTile = Layout<T, BEV, ROWS, WARPGROUP>;
+    using KTile = Layout<T, BE, BN, WARPGROUP>;
+    using VTile = Layout<T, BEV, BN, WARPGROUP>;
     DEVICE static constexpr bool is(Flags flag) { return (FLAGS & flag) != 0; }
 };
 
@@ -110,25 +117,45 @@ private:
     DEVICE static int min_(int a, int b) { return a < b ? a : b; }
 };
 
-// Rows first .. first + N of a (length, columns) matrix with contiguous columns, as N x D in shared memory; zeros elsewhere.
-template <class T, int D, int N>
-DEVICE void copy_rows(T* to, const T* from, i64 stride, int columns, int first, int length) {
+// place(chunk's row, its first column) for each chunk of 16 bytes of N rows of D columns, by all threads.
+template <class T, int D, int N, bool PANELS, class Place>
+DEVICE void each_chunk(Place&& place) {
     constexpr int STEP = 16 / sizeof(T), CHUNKS = D / STEP;
-    for (int i = ptx::thread(); i < N * CHUNKS; i += THREADS) {
-        int r = i / CHUNKS, column = i % CHUNKS * STEP;
-        bool there = first + r < length && column < columns;
-        ptx::copy_16(to + r * pitch<T>(D) + column, there ? from + (first + r) * stride + column : from, there);
+    if constexpr (PANELS) {
+        static_assert(N * CHUNKS % THREADS == 0 && THREADS % CHUNKS == 0, "as many chunks for each thread");
+        // A thread's chunks lie in the same column: what follows from it is computed once.
+        [[maybe_unused]] constexpr int AT_ONCE = CHUNKS > 8 ? 1 : 4;  // addresses take registers
+        int row = ptx::thread() / CHUNKS, column = ptx::thread() % CHUNKS * STEP;
+#pragma unroll AT_ONCE
+        for (int r = 0; r < N; r += THREADS / CHUNKS) place(row + r, column);
+    } else {
+#pragma unroll 2
+        for (int i = ptx::thread(); i < N * CHUNKS; i += THREADS) place(i / CHUNKS, i % CHUNKS * STEP);
     }
 }
 
+// Rows first .. first + N of a (length, columns) matrix with contiguous columns, as N x D in shared memory; zeros elsewhere.
+template <class T, int D, int N, bool PANELS = false>
+DEVICE void copy_rows(T* to, const T* from, i64 stride, int columns, int first, int length) {
+    each_chunk<T, D, N, PANELS>([&](int r, int column) {
+        bool there = first + r < length && column < columns;
+        ptx::copy_16(to + Layout<T, D, N, PANELS>::at(r, column), there ? from + (first + r) * stride + column : from, there);
+    });
+}
+
 // The rows that `index` names; zeros where it is negative.
-template <class T, int D, int N>
+template <class T, int D, int N, bool PANELS = false>
 DEVICE void gather_rows(T* to, const T* from, i64 stride, int columns, const int* index) {
-    constexpr int STEP = 16 / sizeof(T), CHUNKS = D / STEP;
-#pragma unroll 2
-    for (int i = ptx::thread(); i < N * CHUNKS; i += THREADS) {
-        int r = i / CHUNKS, column = i % CHUNKS * STEP, key = index[r];
+    each_chunk<T, D, N, PANELS>([&](int r, int column) {
+        int key = index[r];
         bool there = key >= 0 && column < columns;
-        ptx::copy_16(to + r * pitch<T>(D) + column, there ? from + key * stride + column : from, there);
-    }
+        ptx::copy_16(to + Layout<T, D, N, PANELS>::at(r, column), there ? from + key * stride + column : from, there);
+    });
+}
+
+// Waits for all but the N youngest groups of this thread's copies. They are there for all after a sync().
+template <class S, int N>
+DEVICE void land_copies() {
+    ptx::wait_copies<N>();
+    if constexpr (S::WARPGROUP) ptx::publish_stores();
 }

@@ -61,11 +61,11 @@ struct Held {
         for (int i = ptx::thread(); i < tiles() * BN; i += THREADS) shared.index[i] = i < count ? list[i] : -1;
         ptx::sync();
         for (int tile = 0; tile < tiles(); ++tile)
-            gather_rows<typename S::T, S::BE, BN>(shared.k + tile * Shared::K_SIZE, x.k, x.p.k_row, x.p.head_dim, shared.index + tile * BN);
+            gather_rows<typename S::T, S::BE, BN, S::WARPGROUP>(shared.k + tile * Shared::K_SIZE, x.k, x.p.k_row, x.p.head_dim, shared.index + tile * BN);
         ptx::commit_copies();
         for (int tile = 0; tile < tiles(); ++tile) {
             const int* index = shared.index + tile * BN;
-            gather_rows<typename S::T, S::BEV, BN>(shared.v + tile * Shared::V_SIZE, x.v, x.p.v_row, x.p.head_dim_v, index);
+            gather_rows<typename S::T, S::BEV, BN, S::WARPGROUP>(shared.v + tile * Shared::V_SIZE, x.v, x.p.v_row, x.p.head_dim_v, index);
         }
         ptx::commit_copies();
     }
@@ -83,24 +83,27 @@ template <class S>
 struct Tiles {
     using T = typename S::T;
     static constexpr int SLOTS = S::STAGES + 1;  // of indices
-    static constexpr int K_SIZE = S::BN * S::PK, V_SIZE = S::BN * S::PV;
-    T *q, *k, *v;
+    static constexpr int K_SIZE = S::KTile::SIZE, V_SIZE = S::VTile::SIZE;
+    static constexpr int ALIGNED = S::WARPGROUP ? 1024 : 16;  // bytes
+    T *q, *k, *v, *more;  // more: of a pass's own
     int* index;       // SLOTS x BN
     int* flags;       // 2 BN: marks of a tile's columns
     int* scratch;     // 32
 
-    DEVICE explicit Tiles(bool values) {
+    DEVICE explicit Tiles(bool values, int more_elements = 0) {
         u8* at = ptx::shared_memory();
-        at = take(at, q, ROWS * S::PK);
+        if (S::WARPGROUP) at += (ALIGNED - ptx::shared_address(at) % ALIGNED) % ALIGNED;
+        at = take(at, q, S::QTile::SIZE);
         at = take(at, k, S::STAGES * K_SIZE);
         at = take(at, v, values ? S::STAGES * V_SIZE : 0);
+        at = take(at, more, more_elements);
         at = take(at, index, SLOTS * S::BN);
         at = take(at, flags, 2 * S::BN);
         take(at, scratch, 32);
     }
-    DEVICE static constexpr int bytes(bool values) {
-        return (ROWS * S::PK + S::STAGES * (K_SIZE + (values ? V_SIZE : 0))) * static_cast<int>(sizeof(T)) +
-               ((SLOTS + 2) * S::BN + 32) * 4;
+    DEVICE static constexpr int bytes(bool values, int more_elements = 0) {
+        int elements = S::QTile::SIZE + S::STAGES * (K_SIZE + (values ? V_SIZE : 0)) + more_elements;
+        return (S::WARPGROUP ? ALIGNED : 0) + elements * static_cast<int>(sizeof(T)) + ((SLOTS + 2) * S::BN + 32) * 4;
     }
 
     template <class X>
@@ -120,9 +123,9 @@ DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys,
         if (tile < tiles) {
             const int* index = shared.index + tile % SLOTS * S::BN;
             int stage = tile % S::STAGES;
-            gather_rows<typename S::T, S::BE, S::BN>(shared.k + stage * Shared::K_SIZE, x.k, x.p.k_row, x.p.head_dim, index);
+            gather_rows<typename S::T, S::BE, S::BN, S::WARPGROUP>(shared.k + stage * Shared::K_SIZE, x.k, x.p.k_row, x.p.head_dim, index);
             if (values)
-                gather_rows<typename S::T, S::BEV, S::BN>(shared.v + stage * Shared::V_SIZE, x.v, x.p.v_row, x.p.head_dim_v, index);
+                gather_rows<typename S::T, S::BEV, S::BN, S::WARPGROUP>(shared.v + stage * Shared::V_SIZE, x.v, x.p.v_row, x.p.head_dim_v, index);
         }
         ptx::commit_copies();
     };
@@ -133,10 +136,10 @@ DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys,
     for (int tile = 0; tile < tiles; ++tile) {
         if constexpr (S::STAGES == 1) {
             copy(tile);
-            ptx::wait_copies<0>();
+            land_copies<S, 0>();
             ptx::sync();
         } else {
-            ptx::wait_copies<S::STAGES - 2>();
+            land_copies<S, S::STAGES - 2>();
             ptx::sync();
             copy(tile + AHEAD - 1);
         }
@@ -154,8 +157,8 @@ DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys,
 
 template <class S, class Shared, class Body>
 DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Held<S::BN>& keys, bool values, Body&& body) {
-    if (values) ptx::wait_copies<0>();
-    else ptx::wait_copies<1>();
+    if (values) land_copies<S, 0>();
+    else land_copies<S, 1>();
     ptx::sync();
     for (int tile = 0; tile < keys.tiles(); ++tile) {
         const int* index = shared.index + tile * S::BN;

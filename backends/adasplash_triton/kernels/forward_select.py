@@ -63,6 +63,13 @@ def forward_select_kernel(
         low, mid_start, mid_end, end, SAMPLE, ALPHA, E, BE, SELECT_ROWS, SELECT_KEYS, HAS_KEYMASK, HAS_ALIBI, PRECISION,
         False, False, True,
     )  # fmt: skip
+    if HAS_KEYMASK:  # noqa: SIM102
+        # Where the mask hides all of a row's sample, the max of nothing bounds nothing: then all keys are looked at.
+        if tl.max(((lo < hi) & (m == float("-inf"))).to(tl.int32), 0) > 0:
+            _, _, _, m = evaluate_range(
+                q, keys_ptr, keymask, k_stride, lo, hi, diag, zero, zero, h, x_scale, slope,
+                low, mid_start, mid_end, end, 1, ALPHA, E, BE, SELECT_ROWS, SELECT_KEYS, HAS_KEYMASK, HAS_ALIBI, False, False, True,
+            )  # fmt: skip
     c = first_c(h, m, ALPHA)
     some = (lo < hi) & (m > float("-inf"))
     live = tl.sum(some.to(tl.float32), 0)

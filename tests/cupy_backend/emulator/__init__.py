@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -129,14 +130,16 @@ _LAYOUTS = {
 def _text(instance: Instance) -> str:
     """One source: the kernel with the twin of ptx.cuh, and what the host calls."""
     kernel = source(instance.kernel)
-    machines = ["ptx.cuh", "hopper.cuh"] if instance.architecture else ["ptx.cuh"]
-    for name in machines:
+    machines = []
+    for name in ("ptx.cuh", "wgmma.cuh", "hopper.cuh"):
         machine = (params.SOURCES / name).read_text(encoding="utf-8").replace("#pragma once", "")
-        assert machine in kernel
-        kernel = kernel.replace(machine, "")
+        if machine in kernel:
+            machines.append(name)
+            kernel = kernel.replace(machine, "")
+    assert "asm" not in re.findall(r"\w+", kernel)
     maps = (
         ["*static_cast<const ptx::TensorMap*>(a[1])", "*static_cast<const ptx::TensorMap*>(a[2])"]
-        if instance.architecture
+        if isinstance(instance, MarkInstance)
         else []
     )
     arguments = ", ".join(["*static_cast<const Params*>(a[0])", *maps])
@@ -166,10 +169,32 @@ def _library(instance: Instance) -> ctypes.CDLL:
     return library
 
 
+def run(headers: Sequence[str], text: str, tensors: Sequence[torch.Tensor], shared: int) -> None:
+    """One block of ``entry(addresses)`` in ``text``, which may use the kernels' headers."""
+    own = [(params.SOURCES / name).read_text(encoding="utf-8") for name in headers if not (HERE / name).exists()]
+    machines = [f'#include "{name}"' for name in headers if (HERE / name).exists()]
+    launch = """
+extern "C" __attribute__((visibility("default"))) const char* launch(const void* a, int shared, int order) {
+    return fibers::run(entry, a, {1, 1, 1}, 128, shared, order);
+}
+"""
+    library = ctypes.CDLL(str(_build("\n".join([*machines, *own, text, launch]).replace("#pragma once", ""))))
+    library.launch.restype = ctypes.c_char_p
+    addresses = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+    with _lock:
+        failure = library.launch(addresses, shared, order)
+    if failure:
+        raise AssertionError(failure.decode())
+
+
 def build(instance: Instance) -> Path:
     """The shared library of an instance, compiled unless it is there."""
+    return _build(_text(instance))
+
+
+def _build(text: str) -> Path:
     assert COMPILER is not None
-    text, machine = _text(instance), _machine()
+    machine = _machine()
     name = hashlib.sha256((text + machine.name + " ".join(_FLAGS)).encode()).hexdigest()[:24]
     path = machine.parent / f"{name}.so"
     if not path.exists():
@@ -185,7 +210,9 @@ def build(instance: Instance) -> Path:
 def _machine() -> Path:
     """The object file of the machine, in a folder of this user's."""
     parts = ("fibers.cpp", "hopper.cpp")
-    content = b"".join((HERE / name).read_bytes() for name in ("fibers.h", "machine.h", "ptx.cuh", "hopper.cuh", *parts))
+    content = b"".join(
+        (HERE / name).read_bytes() for name in ("fibers.h", "machine.h", "ptx.cuh", "wgmma.cuh", "hopper.cuh", *parts)
+    )
     folder = Path(tempfile.gettempdir()) / f"adasplash-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / f"{hashlib.sha256(content).hexdigest()[:24]}.o"

@@ -76,6 +76,7 @@ void prepare(Thread& t) {
     t.product_groups = 0;
     t.products_open = false;
     t.products_seen = 0;
+    t.unpublished.clear();
 #if defined(__x86_64__)
     auto* top = reinterpret_cast<void**>(t.stack + STACK);
     *--top = nullptr;  // the stack of a function that was called is 8 off a multiple of 16
@@ -308,6 +309,7 @@ void wait_copies(int pending) {
             std::memcpy(copy.to, copy.from, 16);
         else
             std::memset(copy.to, 0, 16);
+        note_copy(copy.to, me);
     }
     me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<long>(done));
 }
@@ -356,6 +358,7 @@ const char* run(void (*kernel)(const void*), const void* argument, const int (&g
             for (block.at[0] = 0; block.at[0] < grid[0]; ++block.at[0]) {
                 std::memset(block.shared, 0xff, static_cast<size_t>(shared_bytes));
                 for (int i = 0; i + 8 <= GUARD - 16; i += 8) std::memcpy(block.shared + shared_bytes + i, &CANARY, 8);
+                copied.assign(static_cast<size_t>(shared_bytes) / 16 + 1, 0);
                 run_block();
                 for (int i = 0; i + 8 <= GUARD - 16 && failure == nullptr; i += 8)
                     if (std::memcmp(block.shared + shared_bytes + i, &CANARY, 8) != 0) fail("a write past shared memory", threads[0]);

@@ -64,8 +64,16 @@ void publish_barriers();
 void arrive(uint64_t* barrier, int bytes);
 void wait_phase(uint64_t* barrier, uint32_t parity);
 void copy_tile(void* to, const TensorMap& map, uint64_t* barrier, int column, int row, int head, int batch);
+// Of a product: columns of the sums, whether they are added to, and for which operands the inner dimension runs from row to row.
+struct ProductKind {
+    int columns;
+    bool add, half, a_down, b_down;
+};
+
 void open_products();
-void multiply_tiles(float (&d)[64], uint64_t a, uint64_t b, bool add, bool half);
+// The left operand is `a`, or in `registers` where that is not null.
+void multiply_tiles(float* d, const ProductKind& kind, uint64_t a, const uint32_t* registers, uint64_t b);
+void publish_stores();
 void commit_products();
 void wait_products(int pending);
 

@@ -11,6 +11,8 @@
 
 namespace fibers {
 
+std::vector<uint16_t> copied;
+
 namespace {
 
 struct CopyTile {
@@ -75,19 +77,40 @@ Phases& find(uint64_t* barrier) {
     return found->second;
 }
 
-// 16 columns of `rows` rows that a descriptor names.
-void load(float* to, uint64_t descriptor, int first, int rows, bool half, const Thread& t) {
+// An operand of `rows` rows, which count from `first` on, and 16 columns of the product's inner dimension.
+void load(float* to, uint64_t descriptor, bool down, int first, int rows, bool half, const Thread& t) {
     uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4, group = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+    uint32_t panel = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("a descriptor of another layout than 128 swizzled bytes a row", t);
     if (group % 1024 != 0 || start / 128 % 8 != 0 || start % 128 % 32 != 0) fail("a descriptor whose tile is not aligned", t);
-    for (int i = 0; i < rows; ++i) {
-        uint32_t row = static_cast<uint32_t>(first + i);
+    if (down && (start % 1024 != 0 || (rows > 64 && panel % 1024 != 0))) fail("a descriptor of columns whose tile is not aligned", t);
+    for (uint32_t i = 0; i < static_cast<uint32_t>(rows); ++i) {
+        uint32_t row = static_cast<uint32_t>(first) + i;
         for (uint32_t e = 0; e < 16; ++e) {
+            unsigned char* at = swizzled(down ? start + row / 64 * panel + e / 8 * group + e % 8 * 128 + row % 64 * 2
+                                              : start + row / 8 * group + row % 8 * 128 + e * 2);
+            if (copied[static_cast<size_t>(at - block.shared) / 16] != 0) return fail("a product reads what was copied and not published", t);
             uint16_t bits;
-            std::memcpy(&bits, swizzled(start + row / 8 * group + row % 8 * 128 + e * 2), 2);
-            to[i * 16 + static_cast<int>(e)] = element(bits, 0, half);
+            std::memcpy(&bits, at, 2);
+            to[i * 16 + e] = element(bits, 0, half);
         }
     }
+}
+
+// A warp's 16 rows of the left operand from its registers.
+void load_registers(float* to, const Thread* lanes, size_t at) {
+    for (int l = 0; l < 32; ++l)
+        for (int i = 0; i < 8; ++i) {
+            int row = l / 4 + i / 2 % 2 * 8, column = l % 4 * 2 + i / 4 * 8 + i % 2;
+            const Product& product = lanes[l].products[at];
+            to[row * 16 + column] = element(product.held[i / 2], i % 2, product.kind.half);
+        }
+}
+
+bool same_kind(const Product& x, const Product& y) {
+    const ProductKind &a = x.kind, &b = y.kind;
+    return x.a == y.a && x.b == y.b && (x.registers == nullptr) == (y.registers == nullptr) && a.columns == b.columns && a.add == b.add &&
+           a.half == b.half && a.a_down == b.a_down && a.b_down == b.b_down;
 }
 
 }  // namespace
@@ -130,18 +153,22 @@ void complete_products(Thread* lanes) {
     std::vector<float> a(16 * 16), b(128 * 16), sums(16 * 128);
     for (size_t i = 0; i < count; ++i) {
         const Product& product = lanes[0].products[i];
+        const ProductKind& kind = product.kind;
         for (int l = 0; l < 32; ++l) {
             const Thread& t = lanes[l];
-            if (t.products.size() <= i || t.products[i].a != product.a || t.products[i].b != product.b || t.words[0] != lanes[0].words[0])
+            if (t.products.size() <= i || !same_kind(t.products[i], product) || t.words[0] != lanes[0].words[0])
                 return fail("lanes of a warp differ in their products", t);
+            if (product.registers != nullptr && std::memcmp(t.products[i].registers, t.products[i].held, 16) != 0)
+                return fail("registers of a product changed before it was waited for", t);
         }
         size_t seen = lanes[0].products_seen++;
         if (seen == sequence.size()) sequence.emplace_back(product.a, product.b);
         if (sequence[seen] != std::make_pair(product.a, product.b)) return fail("warps of a warpgroup differ in their products", lanes[0]);
-        load(a.data(), product.a, first, 16, product.half, lanes[0]);
-        load(b.data(), product.b, 0, 128, product.half, lanes[0]);
+        if (product.registers != nullptr) load_registers(a.data(), lanes, i);
+        else load(a.data(), product.a, kind.a_down, first, 16, kind.half, lanes[0]);
+        load(b.data(), product.b, kind.b_down, 0, kind.columns, kind.half, lanes[0]);
         for (int m = 0; m < 16; ++m)
-            for (int n = 0; n < 128; ++n) {
+            for (int n = 0; n < kind.columns; ++n) {
                 float sum = 0.f;
                 for (int k = 0; k < 16; ++k) sum += a[static_cast<size_t>(m * 16 + k)] * b[static_cast<size_t>(n * 16 + k)];
                 sums[static_cast<size_t>(m * 128 + n)] = sum;
@@ -151,8 +178,8 @@ void complete_products(Thread* lanes) {
             // What an earlier product of the same sums left, unless that was waited for before this one was issued.
             bool chained = false;
             for (size_t j = 0; j < i; ++j) chained = chained || lanes[l].products[j].d == mine.d;
-            for (int j = 0; j < 64; ++j) {
-                float before = !mine.add ? 0.f : chained ? mine.d[j] : mine.before[j];
+            for (int j = 0; j < kind.columns / 2; ++j) {
+                float before = !kind.add ? 0.f : chained ? mine.d[j] : mine.before[j];
                 mine.d[j] = before + sums[static_cast<size_t>((l / 4 + j / 2 % 2 * 8) * 128 + j / 4 * 8 + l % 4 * 2 + j % 2)];
             }
         }
@@ -207,13 +234,28 @@ void copy_tile(void* to, const TensorMap& map, uint64_t* at, int column, int row
 
 void open_products() { me().products_open = true; }
 
-void multiply_tiles(float (&d)[64], uint64_t a, uint64_t b, bool add, bool half) {
+void multiply_tiles(float* d, const ProductKind& kind, uint64_t a, const uint32_t* registers, uint64_t b) {
     Thread& t = me();
     if (!t.products_open) fail("products without a fence after sums were touched", t);
-    Product product{d, a, b, add, half, t.product_groups, {}};
-    std::memcpy(product.before, d, sizeof(product.before));
+    Product product{d, kind, a, b, registers, {}, t.product_groups, {}};
+    if (registers != nullptr) std::memcpy(product.held, registers, sizeof(product.held));
+    size_t bytes = static_cast<size_t>(kind.columns / 2) * sizeof(float);
+    std::memcpy(product.before, d, bytes);
     t.products.push_back(product);
-    std::memset(d, 0xff, sizeof(product.before));
+    std::memset(d, 0xff, bytes);
+}
+
+void note_copy(const void* to, Thread& t) {
+    size_t piece = static_cast<size_t>(static_cast<const unsigned char*>(to) - block.shared) / 16;
+    if (piece >= copied.size() || copied[piece] == t.index + 1) return;
+    copied[piece] = static_cast<uint16_t>(t.index + 1);
+    t.unpublished.push_back(piece);
+}
+
+void publish_stores() {
+    for (size_t piece : me().unpublished)
+        if (copied[piece] == me().index + 1) copied[piece] = 0;
+    me().unpublished.clear();
 }
 
 void commit_products() { ++me().product_groups; }

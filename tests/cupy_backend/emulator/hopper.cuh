@@ -8,7 +8,6 @@ namespace ptx {
 using fibers::TensorMap;
 using u64_t = uint64_t;
 
-DEVICE u32 shared_address(const void* p) { return fibers::shared_address(p); }
 DEVICE u64_t* phases(u64* barrier) { return reinterpret_cast<u64_t*>(barrier); }
 
 DEVICE void open_barrier(u64* barrier, int count) { fibers::open_barrier(phases(barrier), count); }
@@ -22,21 +21,6 @@ DEVICE void prefetch(const TensorMap&) {}
 DEVICE void copy_tile(void* to, const TensorMap& map, u64* barrier, int column, int row, int head, int batch) {
     fibers::copy_tile(to, map, phases(barrier), column, row, head, batch);
 }
-
-DEVICE u64 rows_of_128_bytes(const void* rows) {
-    return static_cast<u64>((shared_address(rows) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-DEVICE void open_products() { fibers::open_products(); }
-DEVICE void commit_products() { fibers::commit_products(); }
-template <int N>
-DEVICE void wait_products(float (&)[64]) {
-    fibers::wait_products(N);
-}
-template <class T, bool ADD>
-DEVICE void multiply_tiles(float (&d)[64], u64 a, u64 b) {
-    fibers::multiply_tiles(d, a, b, ADD, std::is_same_v<T, half_t>);
-}
-DEVICE void publish_stores() {}
 
 template <int N>
 DEVICE void take_registers() {}

@@ -24,8 +24,10 @@ struct Copy {
 // A product that is under way: it is computed when it is waited for and not before.
 struct Product {
     float* d;
+    ProductKind kind;
     uint64_t a, b;
-    bool add, half;
+    const uint32_t* registers;
+    uint32_t held[4];  // what was in `registers`
     int group;
     float before[64];
 };
@@ -43,6 +45,7 @@ struct Thread : Fiber {
     std::vector<Product> products;
     int product_groups;
     bool products_open;
+    std::vector<size_t> unpublished;  // pieces of 16 bytes that this thread's copies wrote and no fence followed
     size_t products_seen;  // how many products of its warpgroup's sequence this thread has taken part in
 #if defined(__x86_64__)
     void* stack_pointer;
@@ -66,5 +69,8 @@ void forget_phases();
 bool release_phases();
 bool complete_copies();
 void complete_products(Thread* lanes);
+// Pieces of 16 bytes of shared memory that were copied: the copying thread's number + 1 until publish_stores().
+extern std::vector<uint16_t> copied;
+void note_copy(const void* to, Thread& t);
 
 }  // namespace fibers

@@ -75,9 +75,12 @@ DEVICE float float_of(u32 x) {
     return y;
 }
 DEVICE float renewed(float x) { return x; }
-DEVICE float positive(float x) { return x <= 0.f ? 0.f : x; }
+DEVICE float at_least(float x, float least) { return x <= least ? least : x; }
+DEVICE float positive(float x) { return at_least(x, 0.f); }
 DEVICE float exp2_fast(float x) { return std::exp2(x); }
 DEVICE float log2_fast(float x) { return std::log2(x); }
+DEVICE float sqrt_fast(float x) { return std::sqrt(x); }
+DEVICE float divide_fast(float x, float by) { return x / by; }
 
 DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(half_t x) { return fibers::half_to_float(x.bits); }
@@ -104,6 +107,7 @@ DEVICE u32 pack(float low, float high) {
     return from_float<T>(low).bits | static_cast<u32>(from_float<T>(high).bits) << 16;
 }
 
+DEVICE u32 shared_address(const void* p) { return fibers::shared_address(p); }
 DEVICE void load_matrices(u32 (&r)[4], const void* row) { fibers::load_matrices(r, row, false); }
 DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) { fibers::load_matrices(r, row, true); }
 

@@ -198,3 +198,29 @@ def test_with_tf32_allowed_every_path_is_right(path: str) -> None:
         found = check(call, **({} if path == "short_sequences" else SMALL))
     if path != "short_sequences":
         assert bool((lengths(found) >= 0).all()) == (path == "lists")
+
+
+HIDDEN_SAMPLES: dict[str, dict[str, int | float]] = {
+    "lists on chip": {"least_list": 1 << 20, "list_keys_on_chip": 512},
+    "long lists": {"least_list": 1 << 20},
+    "T stays": {"least_list": 1 << 20, "follow_share": 1e9},
+    "lists given up": {"dense_percent": 0, "least_list": 16},
+    "no lists": {"list_percent": 0, "least_list": 0},
+}
+
+
+@pytest.mark.parametrize("path", HIDDEN_SAMPLES)
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 2.0])
+def test_a_key_mask_that_hides_the_whole_sample(alpha: float, path: str) -> None:
+    """Every z is about -5, and only keys between the sampled tiles are allowed; one sequence of the batch has none."""
+    query, key, value = draw(20, 192, batch=2)
+    direction = torch.nn.functional.normalize(torch.ones(16), dim=0)
+    key, query = direction + key / 10, -20 / (alpha - 1) * (direction + query / 50)
+    allowed = torch.arange(192) // 32 % 3 > 0
+    mask = torch.stack([allowed, torch.zeros(192, dtype=torch.bool)])[:, None, None]
+    found = check(
+        make_call(query, key, value, attn_mask=mask, alpha=alpha, return_stats=True),
+        3e-5,
+        **{**SMALL, "sample": 3, **HIDDEN_SAMPLES[path]},
+    )
+    assert not found.out[1].any()
