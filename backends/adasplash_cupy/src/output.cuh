@@ -211,7 +211,9 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
     Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
     Sums<S> sums;
     int kept = 0;
-    Left<S, S::BE, S::BEV <= 64> q(shared.q);  // the sums of wider values leave no registers for Q
+    // The sums of wider values leave no registers for Q. And NVRTC 13.0 would give the registers of a warpgroup's Q, if they had to last
+    // through the loop, to the weights (13.5 does not).
+    Left<S, S::BE, !S::WARPGROUP && S::BEV <= 64> q(shared.q);
 #pragma unroll 1
     for (int column = 0; column < S::BEV; column += 8 * C) {
         float o[C][4], o2[C][4];
