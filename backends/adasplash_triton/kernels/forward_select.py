@@ -68,7 +68,8 @@ def forward_select_kernel(
         if tl.max(((lo < hi) & (m == float("-inf"))).to(tl.int32), 0) > 0:
             _, _, _, m = evaluate_range(
                 q, keys_ptr, keymask, k_stride, lo, hi, diag, zero, zero, h, x_scale, slope,
-                low, mid_start, mid_end, end, 1, ALPHA, E, BE, SELECT_ROWS, SELECT_KEYS, HAS_KEYMASK, HAS_ALIBI, False, False, True,
+                low, mid_start, mid_end, end, 1, ALPHA, E, BE, SELECT_ROWS, SELECT_KEYS, HAS_KEYMASK, HAS_ALIBI, PRECISION,
+                False, False, True,
             )  # fmt: skip
     c = first_c(h, m, ALPHA)
     some = (lo < hi) & (m > float("-inf"))
