@@ -71,7 +71,7 @@ class Case:
 class Timing:
     """Median milliseconds of forward, backward, and both as one step, and bytes beyond inputs and output.
 
-    The step is what training does: the host prepares the backward while the forward runs. Timed apart, each waits for the host alone.
+    A step (``together``) is what training does: the host prepares the backward while the forward runs, and makes the graph for it anew.
     """
 
     forward: float
@@ -80,8 +80,12 @@ class Timing:
     peak_forward: int = 0
     kept: int = 0
 
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
     def __str__(self) -> str:
-        return f"{self.together:.3f} ({self.forward:.3f}+{self.backward:.3f})"
+        return f"{self.forward:.3f}+{self.backward:.3f}={self.total:.3f} ({self.together:.3f})"
 
 
 # -- inputs ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +317,7 @@ def text_of(row: dict[str, Any]) -> str:
     ours, cudnn = times.get("ours"), times["cudnn"]
     if ours is None:
         return line
-    line += f" | {cudnn.together / ours.together:.2f}x, forward {cudnn.forward / ours.forward:.2f}x"
+    line += f" | {cudnn.total / ours.total:.2f}x, forward {cudnn.forward / ours.forward:.2f}x"
     if "target" not in row:
         return line
     # Flash keeps q, k, v, its output and log-sum-exp; ours q, k, v and what it saves, but not its output.
@@ -334,7 +338,7 @@ def text_of_peer(row: dict[str, Any]) -> str:
         "no worse" if found["ours"] <= found["adasplash niter=10"] * 1.01 else "WORSE"
     )  # the order of sums moves the fourth digit
     wrong = ", ".join(f"{name} {value:.2e}" for name, value in found.items())
-    ratio = times["adasplash"].together / times["ours"].together
+    ratio = times["adasplash"].total / times["ours"].total
     return f"{row['name']:<42} {cells} | {ratio:.2f}x of adasplash (target {row['peer']['target']}) | errors {wrong}: {verdict}"
 
 

@@ -37,7 +37,8 @@ def experiment(name: str, title: str) -> Iterator[str]:
         )
         yield markdown(found["table"])
         if found["not run"]:
-            yield "Not run: " + "; ".join(f"{variant} ({reason})" for variant, reason in found["not run"].items()) + "."
+            reasons = (f"{variant} ({reason.split('. ')[0].rstrip('.')})" for variant, reason in found["not run"].items())
+            yield f"Not run: {'; '.join(reasons)}."
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

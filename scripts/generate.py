@@ -186,12 +186,7 @@ def attention_table() -> str:
             cells = [f"{row['name']}, as a CUDA graph", *times]
             rows.append(cells + ["-"] * (len(columns) - len(cells)))
     where = f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}; {machine['date']}"
-    step = (
-        "of one step, and of forward + backward timed apart"
-        if "together" in measured[0]["times"]["ours"]
-        else "forward + backward"
-    )
-    return f"Medians, {step} ({where}).\n\n" + table(columns, rows, right=range(1, len(columns)))
+    return f"Medians, forward + backward ({where}).\n\n" + table(columns, rows, right=range(1, len(columns)))
 
 
 def attention_details() -> str:
@@ -199,6 +194,7 @@ def attention_details() -> str:
     report: dict[str, Any] = json.loads(ATTENTION_RESULTS.read_text(encoding="utf-8"))
     columns = ["input", "ours", "cuDNN", "FlashAttention-2", "cuDNN / ours", "wanted", "forward alone"]
     columns += ["`adasplash`", "`adasplash` / ours", "wanted", "CuPy", "CuPy / ours", "peak forward / (q+k+v+o)"]
+    columns += ["as one step: ours", "cuDNN", "CuPy"]
     rows = []
     for row in report["rows"]:
         times = row["times"]
@@ -210,6 +206,8 @@ def attention_details() -> str:
         cupy = times.get("cupy")
         cells += [pair(cupy), f"{both(cupy) / both(times['ours']):.2f}x"] if cupy else ["-"] * 2
         cells.append(f"{times['ours']['peak_forward'] / row['input_bytes']:.2f}")
+        steps = [times.get(name, {}).get("together") for name in ("ours", "cudnn", "cupy")]
+        cells += ["-" if step is None else f"{step:.2f}" for step in steps]
         rows.append(cells)
         if graphs := row.get("graphs"):
             ours, cudnn = graphs["ours"], graphs["cudnn"]
@@ -238,9 +236,8 @@ def kernel_table() -> str:
 
 
 def pair(times: dict[str, float]) -> str:
-    """Both as one step where that was measured, and forward + backward apart, in ms."""
-    apart = f"{times['forward']:.2f} + {times['backward']:.2f}"
-    return f"{times['together']:.2f} ({apart})" if "together" in times else apart
+    """Forward + backward in ms."""
+    return f"{times['forward']:.2f} + {times['backward']:.2f}"
 
 
 def wanted(target: str) -> str:
@@ -250,8 +247,8 @@ def wanted(target: str) -> str:
 
 
 def both(times: dict[str, float]) -> float:
-    """Milliseconds of forward and backward as one step; their sum where they were timed apart only."""
-    return times.get("together", times["forward"] + times["backward"])
+    """Milliseconds of forward and backward together, timed apart."""
+    return times["forward"] + times["backward"]
 
 
 def peer_ratio(peer: dict[str, Any]) -> str:

@@ -51,7 +51,7 @@ def main() -> None:
             draw(panel, report)
             panel.set_title(title, fontsize=10)
             panel.grid(True, linewidth=0.3)
-        axes[0][0].legend(frameon=False, fontsize=8)
+            panel.legend(frameon=False, fontsize=7)
         figure.suptitle(next(iter(found.values()))["machine"]["device"], fontsize=9)
         figure.savefig(images / f"{name}.svg", metadata={"Date": None})
         print(f"{images / name}.svg was written")

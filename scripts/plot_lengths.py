@@ -68,7 +68,7 @@ def draw(axes: plt.Axes, rows: list[dict[str, Any]], title: str) -> None:
     for name, (label, colour, style) in STYLES.items():
         points = [(row["length"], row["times"][name]) for row in rows if name in row["times"]]
         if points:
-            times = [t.get("together", t["forward"] + t["backward"]) for _, t in points]
+            times = [t["forward"] + t["backward"] for _, t in points]
             axes.plot([n for n, _ in points], times, style, color=colour, label=label, markersize=4)
     lengths = [row["length"] for row in rows]
     axes.set(xscale="log", yscale="log", title=title, xlabel="tokens")
