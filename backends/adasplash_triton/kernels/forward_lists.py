@@ -72,8 +72,9 @@ def forward_lists_kernel(
                 count = collect_marked(list_, count, list_, 1024)
                 c = tl.where((f > 1.0) & (f < float("inf")), newton_step(c, f, s, h, ALPHA), c)
                 sweeps += 1
-                # Long lists shrink to half or less each time. A shorter one is better solved, unless it may come to fit.
-                worth = (count > BS) & (count * 8 <= before * 7) & ((count > LONG_TILES * BK) | (count <= 2 * BS))
+                # What a long list keeps costs the passes over all keys. A shorter one is better solved, unless it may come to fit.
+                fits_soon = (count <= 2 * BS) & (count * 8 <= before * 7)
+                worth = (count > BS) & ((count > LONG_TILES * BK) | fits_soon)
             low, _, _, end = block_range(lo, hi, 1)
             if count > tl.maximum((end - low) // 100 * DENSE_PERCENT, LEAST):
                 tl.store(ENTRIES + at + 1, -1)
