@@ -7,6 +7,9 @@ import pytest
 from adasplash_cupy import launch
 from adasplash_cupy.program import Programs
 from tests.cupy_backend import emulator
+from tests.cupy_backend.fake_machine import machine
+
+__all__ = ["machine"]
 
 
 @pytest.fixture(autouse=True)
