@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adasplash_cli.interrupts import interrupts
 from adasplash_cli.output import json_option, milliseconds, note, print_json, print_table
 from adasplash_cli.tuning_display import count, display, duration
 
 if TYPE_CHECKING:
     from adasplash_core.spec import Pass
-    from adasplash_tuner.search.events import Finished, Report, Request
+    from adasplash_tuner.search.events import Event, Finished, Report, Request
     from adasplash_tuner.search.targets import Target
     from adasplash_tuner.shapes.shape import Shape
 
@@ -173,11 +174,16 @@ def _run(request: Request, targets: list[Target], as_json: bool) -> tuple[list[R
 
     requests = split(request, targets)
     names = [_shown_name(target, requests) for target in targets]
-    with display(names, quiet=as_json) as shown:
+    with display(names, quiet=as_json) as shown, interrupts() as interrupt:
+
+        def observe(number: int, event: Event) -> None:
+            interrupt.check()
+            shown.show(number, event)
+
         try:
             if [target.device for target in targets] == ["cpu"]:  # nothing that runs on a CPU takes the process with it
-                return [tune(replace(request, device="cpu"), lambda event: shown.show(0, event))], [], []
-            results = tune_side_by_side(requests, shown.show)
+                return [tune(replace(request, device="cpu"), lambda event: observe(0, event))], [], []
+            results = tune_side_by_side(requests, observe)
         except KeyboardInterrupt:
             done = len(shown.finished)
             raise click.ClickException(
