@@ -236,7 +236,9 @@ def _select_solve(
         BS=config.list_keys_on_chip,
         BD=config.dense_keys,
     )
-    groups = -(-q_blocks // config.select_blocks)
+    # Arguments differ between the two passes that take several blocks a program.
+    wide = arguments | {"BLOCKS_PER_PROGRAM": config.dense_blocks, "BM": LIST_ROWS * config.dense_blocks}
+    groups, wide_groups = -(-q_blocks // config.select_blocks), -(-q_blocks // config.dense_blocks)
     select = {"num_warps": config.select_warps, "num_stages": config.select_stages} | _most(config.select_registers)
     solve = {"num_warps": config.list_warps, "num_stages": config.list_stages} | _most(config.list_registers)
     dense = {"num_warps": config.dense_warps, "num_stages": config.dense_stages}
@@ -244,7 +246,7 @@ def _select_solve(
         Step(key_max_kernel, (key_blocks, batch * kv_heads, 1), arguments, {"num_warps": 4}),
         Step(forward_select_kernel, (batch * heads * groups, 1, 1), arguments, select),
         Step(forward_lists_kernel, (items, 1, 1), arguments, solve),
-        Step(forward_dense_kernel, (items, 1, 1), arguments, dense),
+        Step(forward_dense_kernel, (batch * heads * wide_groups, 1, 1), wide, dense),
     ]
 
 
@@ -281,6 +283,7 @@ def backward_program(call: AttentionCall, table: Table, precision: Precision = "
     arguments.update(
         DO=address(table, "DO"), O2=address(table, "O2"), DK_SUM=dk_sum, DV_SUM=dv_sum,
         **_saved_addresses(table["rows"].shape, list_entries(batch, heads, q_len), not spec.deterministic),
+        DENSE=workspace.add(batch * heads * q_blocks if lists else 1, torch.int32),
         LISTS=lists, BK=config.block_k, BD=config.block_d, BN=config.block_n, **strides("do", grad_out),
     )  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

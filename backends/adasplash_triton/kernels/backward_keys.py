@@ -38,6 +38,22 @@ def count_dense(BLOCKS, first, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def list_dense(BLOCKS, DENSE, first, last, BLOCK: tl.constexpr):
+    """Writes a head's query blocks that kept no list, in order, and returns the places of the first and past the last of those in
+    first .. last. All programs of a head write the same numbers to the same places."""
+    before = 0
+    total = 0
+    for i in range(0, last, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        dense = (tl.load(BLOCKS + at * 2 + 1, mask=at < last, other=0) < 0).to(tl.int32)
+        tl.store(DENSE + total + tl.cumsum(dense, 0) - 1, at, mask=dense != 0)
+        before += tl.sum(tl.where(at < first, dense, 0), 0)
+        total += tl.sum(dense, 0)
+    tl.debug_barrier()
+    return before, total
+
+
+@triton.jit
 def add_block(
     dk, dv, k, v, keys, allowed, n, Q, DO, M, C, DELTA, LO, HI, DIAG, SEED, q_stride, do_stride, mask_batch, b, bh, block, q_len,
     kv_len, shift, left, right, h, x_scale, slope, scale, keep_from, keep_scale,
@@ -69,7 +85,7 @@ def add_block(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def backward_keys_kernel(
-    Q, K, V, DO, M, C, DELTA, BLOCKS, A, LO, HI, DIAG, KEYMASK, SLOPES, SEED, DK_SUM, DV_SUM, DK, DV,
+    Q, K, V, DO, M, C, DELTA, BLOCKS, DENSE, A, LO, HI, DIAG, KEYMASK, SLOPES, SEED, DK_SUM, DV_SUM, DK, DV,
     q_batch, q_head, q_stride, k_batch, k_head, k_stride, v_batch, v_head, v_stride, do_batch, do_head, do_stride,
     dk_head, dk_row, dv_head, dv_row,
     mask_batch, keymask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, shift, left, right, scale, keep_from, keep_scale,
@@ -116,7 +132,7 @@ def backward_keys_kernel(
         blocks = BLOCKS + bh.to(tl.int64) * q_blocks * 2
         q_ptr = Q + b.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
         do_ptr = DO + b.to(tl.int64) * do_batch + head.to(tl.int64) * do_head
-        if LISTS or LOADED:
+        if LOADED:
             stop = last
             if LISTS:  # noqa: SIM102
                 if count_dense(blocks, first, last, 1024) == 0:
@@ -136,7 +152,22 @@ def backward_keys_kernel(
                         keep_from, keep_scale, ALPHA, E, BE, EV, BEV, BM, BN, LOADED, HAS_KEYMASK, HAS_ALIBI, PRECISION, HAS_DROPOUT,
                     )  # fmt: skip
         else:
-            for block in range(first, last):
+            # Triton only overlaps a loop's loads with its products where no branch stands around them: so blocks are listed first, and
+            # each one's number is read a block early.
+            start = first
+            stop = last
+            ahead = first
+            if LISTS:
+                dense = DENSE + bh.to(tl.int64) * q_blocks
+                stop = first
+                if count_dense(blocks, first, last, 1024) > 0:
+                    start, stop = list_dense(blocks, dense, first, last, 1024)
+                    ahead = tl.load(dense + start)
+            for j in range(start, stop):
+                block = j
+                if LISTS:
+                    block = ahead
+                    ahead = tl.load(dense + j + 1, mask=j + 1 < stop, other=0)
                 dk, dv = add_block(
                     dk, dv, k, v, keys, allowed, n, q_ptr, do_ptr, M + row_at, C + row_at, DELTA + row_at, LO, HI, DIAG, SEED,
                     q_stride, do_stride, mask_batch, b, bh, block, q_len, kv_len, shift, left, right, h, x_scale, slope, scale,

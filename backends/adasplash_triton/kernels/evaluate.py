@@ -15,6 +15,7 @@ from adasplash_triton.kernels.primitives import (
     load_rows,
     load_tile,
     newton_step,
+    residual_after,
     scores,
     visible,
     weights,
@@ -44,10 +45,10 @@ def evaluate_range(
     q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, step,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-    SUMS: tl.constexpr, COUNT: tl.constexpr, EDGES: tl.constexpr,
+    SUMS: tl.constexpr, COUNT: tl.constexpr, EDGES: tl.constexpr, ESTIMATE: tl.constexpr = False,
 ):  # fmt: skip
     """(sum p, sum u, entries above the threshold, max x), each (BM,): the sums with ``SUMS``, the count with ``COUNT``, the max without
-    ``SUMS``, otherwise 0. ``EDGES``: whether the edge tiles take part."""
+    ``SUMS``, otherwise 0. ``EDGES``: whether the edge tiles take part. ``ESTIMATE``: the middle's sums are scaled to all its tiles."""
     f = tl.zeros((BM,), tl.float32)
     s = tl.zeros((BM,), tl.float32)
     above = tl.zeros((BM,), tl.float32)
@@ -60,12 +61,21 @@ def evaluate_range(
                 HAS_KEYMASK, HAS_ALIBI, PRECISION, True,
             )  # fmt: skip
             f, s, above, top = add_tile(f, s, above, top, x, m, c, h, ALPHA, SUMS, COUNT)
+    weight = 1.0
+    if ESTIMATE:
+        tiles = (mid_end - mid_start) // BN
+        weight = tiles.to(tl.float32) / ((tiles + step - 1) // step).to(tl.float32)
+        f /= weight
+        s /= weight
     for n in range(mid_start, mid_end, step * BN):
         x = range_scores(
             q, K, KEYMASK, n, k_stride, low, end, lo, hi, diag, x_scale, slope, E, BE, BN,
             HAS_KEYMASK, HAS_ALIBI, PRECISION, False,
         )  # fmt: skip
         f, s, above, top = add_tile(f, s, above, top, x, m, c, h, ALPHA, SUMS, COUNT)
+    if ESTIMATE:
+        f *= weight
+        s *= weight
     return f, s, above, top
 
 
@@ -190,23 +200,29 @@ def evaluate_list(
 
 
 @triton.jit
-def solve_tile(x, h, tol, max_steps, ALPHA: tl.constexpr):
-    """(m, c) of rows whose scores x (BM, BN) are all on chip."""
+def solve_tile(x, count, h, tol, max_steps, ALPHA: tl.constexpr):
+    """(m, c) of rows whose scores x (BM, BN), at most ``count`` of them finite, are all on chip."""
     m = tl.max(x, 1)
     m = tl.where(m == float("-inf"), 0.0, m)
     c = first_c(h, m, ALPHA)
+    c_before = c
+    s_before = tl.zeros_like(c)
+    row_keys = tl.zeros_like(c) + count
     steps = 0
     residual = 1.0
     while (residual > tol) & (steps < max_steps):
         p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
         f = tl.sum(p, 1)
         s = tl.sum(u, 1)
-        c = newton_step(c, f, s, h, ALPHA)
+        new = newton_step(c, f, s, h, ALPHA)
         # Always taken, and dropped by the compiler. Without it Triton 3.6 fails for sm_100: it follows a product's result up to a
         # branch or the end of a loop, and has no layout for a reduction to a number.
         residuals = tl.zeros_like(f)
         if steps < max_steps:
-            residuals = tl.where(s > 0.0, tl.abs(f - 1.0), 0.0)
+            residuals = residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA)
         residual = tl.max(residuals, 0)
+        c_before = c
+        s_before = s
+        c = new
         steps += 1
     return m, c

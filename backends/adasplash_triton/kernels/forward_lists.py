@@ -21,6 +21,7 @@ from adasplash_triton.kernels.primitives import (
     open_rows,
     start_of_row,
     store_result,
+    threshold,
 )
 
 LENGTHS = ("out_head", "out_row", "q_len", "kv_len", "q_blocks", "spread", "pool_size", "shift", "left", "right", "mask_batch",
@@ -56,6 +57,8 @@ def forward_lists_kernel(
         list_ = LISTS + tl.load(ENTRIES + at)
         m = tl.zeros((BM,), tl.float32)
         c = m
+        c_before = m
+        s = m
         if count > BS:
             row_at = bh.to(tl.int64) * q_len + rows
             margin = tl.load(MARGIN + row_at, mask=rows < q_len, other=0.0)
@@ -70,6 +73,7 @@ def forward_lists_kernel(
                     ALPHA, E, BE, BM, BK, LIST_GROUPS, HAS_ALIBI, PRECISION,
                 )  # fmt: skip
                 count = collect_marked(list_, count, list_, 1024)
+                c_before = c
                 c = tl.where((f > 1.0) & (f < float("inf")), newton_step(c, f, s, h, ALPHA), c)
                 sweeps += 1
                 # What a long list keeps costs the passes over all keys. A shorter one is better solved, unless it may come to fit.
@@ -78,6 +82,8 @@ def forward_lists_kernel(
             low, _, _, end = block_range(lo, hi, 1)
             if count > tl.maximum((end - low) // 100 * DENSE_PERCENT, LEAST):
                 tl.store(ENTRIES + at + 1, -1)
+                if ALPHA >= 15:  # as far as the sweeps came, for the passes over all keys
+                    tl.store(T + row_at, threshold(m, c, h, ALPHA), mask=rows < q_len)
                 count = -1
         if count >= 0:
             if count <= BS:
@@ -89,8 +95,8 @@ def forward_lists_kernel(
             else:
                 first, last = whole_entries(list_, count, lo, hi, BK)
                 c = solve_list(
-                    q, keys_ptr, list_, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, tol, MAX_STEPS,
-                    ALPHA, E, BE, BM, BK, HAS_ALIBI, PRECISION,
+                    q, keys_ptr, list_, count, first, last, k_stride, lo, hi, diag, m, c, c_before, s, h, x_scale, slope, tol,
+                    MAX_STEPS, ALPHA, E, BE, BM, BK, HAS_ALIBI, PRECISION,
                 )  # fmt: skip
                 o, o2, sum_p, sum_u, support = output_list(
                     q, keys_ptr, values_ptr, list_, count, first, last, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope,

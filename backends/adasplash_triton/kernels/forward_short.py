@@ -18,6 +18,7 @@ from adasplash_triton.kernels.primitives import (
     load_tile,
     newton_step,
     open_rows,
+    residual_after,
     scores,
     store_result,
     visible,
@@ -75,6 +76,9 @@ def forward_short_kernel(
 
     zeros = tl.zeros((BM, BT), tl.float32)
     c = first_c(h, m, ALPHA)
+    c_before = c
+    s_before = tl.zeros_like(c)
+    row_keys = (hi - lo).to(tl.float32)
     steps = 0
     residual = 1.0
     while (residual > tol) & (steps < MAX_STEPS):
@@ -87,8 +91,11 @@ def forward_short_kernel(
                 us += u
         f = tl.sum(ps, 1)
         s = tl.sum(us, 1)
-        c = newton_step(c, f, s, h, ALPHA)
-        residual = tl.max(tl.where((s > 0.0) & (lo < hi), tl.abs(f - 1.0), 0.0), 0)
+        new = newton_step(c, f, s, h, ALPHA)
+        residual = tl.max(tl.where(lo < hi, residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA), 0.0), 0)
+        c_before = c
+        s_before = s
+        c = new
         steps += 1
 
     loaded = ()

@@ -24,6 +24,7 @@ from adasplash_triton.kernels.primitives import (
     dropout_factor,
     load_rows,
     newton_step,
+    residual_after,
     scores,
     threshold,
     visible,
@@ -62,11 +63,12 @@ def sweep(
 
 @triton.jit
 def solve_list(
-    q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, tol, max_steps,
+    q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, c_before, s_before, h, x_scale, slope, tol, max_steps,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """c to a residual |sum p - 1| of at most ``tol``, after which one more step is taken."""
+    """c to a residual of at most ``tol``; s_before: sum u at c_before, from where the last step came."""
+    row_keys = tl.minimum(hi - lo, count).to(tl.float32)
     steps = 0
     residual = 1.0
     while (residual > tol) & (steps < max_steps):
@@ -74,8 +76,11 @@ def solve_list(
             q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, h, x_scale, slope, ALPHA, E, BE, BM, BK,
             HAS_ALIBI, PRECISION,
         )  # fmt: skip
-        c = newton_step(c, f, s, h, ALPHA)
-        residual = tl.max(tl.where((s > 0.0) & (lo < hi), tl.abs(f - 1.0), 0.0), 0)
+        new = newton_step(c, f, s, h, ALPHA)
+        residual = tl.max(tl.where(lo < hi, residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA), 0.0), 0)
+        c_before = c
+        s_before = s
+        c = new
         steps += 1
     return c
 
@@ -130,7 +135,7 @@ def on_chip(
     k = load_rows(K, keys, k_stride, 0, E, BE, False)
     x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI, PRECISION)
     x = mask_listed(x, LIST, 0, count, 1, 0, lo, hi, BS)
-    m, c = solve_tile(x, h, tol, max_steps, ALPHA)
+    m, c = solve_tile(x, count, h, tol, max_steps, ALPHA)
     v = load_rows(V, keys, v_stride, 0, EV, BEV, False)
     p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
     sum_p = tl.sum(p, 1)

@@ -104,6 +104,28 @@ def newton_step(c, f, s, h, ALPHA: tl.constexpr):
 
 
 @triton.jit
+def residual_after(c, new, f, s, c_before, s_before, keys, ALPHA: tl.constexpr):
+    """How far sum p may be from 1 where the solve goes on from ``new``: 0 where the row is empty.
+
+    Known at c is |f - 1|. For alpha 1.5, f is convex in tau with slope -2s and curvature 2n, n keys above the threshold; so after a
+    step d of tau it lies between f - 2sd and f - 2sd + nd^2: that takes no look at the keys. n is at most the row's ``keys``; after a
+    look at c_before further left, where s was s_before, at most the mean (s_before - s) / (c_before - c) between the two. Twice the
+    bound is taken, or what it means for the normalised u, whose entries move by n / s^2 of it in sum, if that is more.
+    """
+    residual = tl.abs(f - 1.0)
+    if ALPHA == 15:
+        moved = c_before - c
+        mean = (s_before - s) / tl.where(moved > 1e-4, moved, 1.0)
+        n = tl.where(moved > 1e-4, tl.minimum(tl.maximum(1.01 * mean, 1.0), keys), keys)
+        d = c - new
+        n = tl.where(d < 0.0, keys, n)
+        line = f - 1.0 - 2.0 * s * d
+        after = tl.maximum(tl.abs(line), tl.abs(line + n * d * d))
+        residual = tl.minimum(residual, after * tl.maximum(2.0, n / (s * s)))
+    return tl.where(s > 0.0, residual, 0.0)
+
+
+@triton.jit
 def first_c(h, rows, ALPHA: tl.constexpr):
     """c of the bound tau >= m - 1: where every solve may start."""
     if ALPHA < 15:

@@ -1,13 +1,52 @@
 """Exact entmax of a block of rows over all keys of its range: for rows that are not sparse.
 
-``solve_range`` takes a pass over the keys for each Newton step, ``output_range`` one for the output.
+``solve_range`` takes a pass over the keys for each Newton step, after some over a sample of them, ``output_range`` one for the output.
 """
 
 import triton
 import triton.language as tl
 
 from adasplash_triton.kernels.evaluate import evaluate_range, range_scores
-from adasplash_triton.kernels.primitives import dropout_factor, edge_tile, edge_tiles, load_tile, newton_step, weights
+from adasplash_triton.kernels.primitives import (
+    dropout_factor,
+    edge_tile,
+    edge_tiles,
+    load_tile,
+    newton_step,
+    residual_after,
+    weights,
+)
+
+ESTIMATED_TILES = tl.constexpr(16)
+"""Middles of fewer tiles are not estimated: four are looked at, and of long ones every sixteenth."""
+
+
+@triton.jit
+def estimate_range(
+    q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end,
+    ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """c near the solution, on either side of it, from the lower bound c: Newton on sums over the edges and some tiles of the middle.
+
+    Sums are zero at the greatest of the scores looked at, and a step ends below it: every row keeps a key above its threshold.
+    """
+    tiles = (mid_end - mid_start) // BN
+    if tiles >= ESTIMATED_TILES:
+        step = tl.minimum(tiles // 4, 16)
+        live = tl.sum((lo < hi).to(tl.float32), 0)
+        bound = c
+        steps = 0
+        off = 1.0
+        while (off > 0.1) & (steps < 6):
+            f, s, _, _ = evaluate_range(
+                q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, step,
+                ALPHA, E, BE, BM, BN, HAS_KEYMASK, HAS_ALIBI, PRECISION, True, False, True, True,
+            )  # fmt: skip
+            c = tl.minimum(newton_step(c, f, s, h, ALPHA), bound)
+            off = tl.sum(tl.where((lo < hi) & (s > 0.0), tl.abs(f - 1.0), 0.0), 0) / live
+            steps += 1
+    return c
 
 
 @triton.jit
@@ -16,7 +55,15 @@ def solve_range(
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """c to a residual |sum p - 1| of at most ``tol``, after which one more step is taken; m need only be near the row max."""
+    """c to a residual of at most ``tol`` from the lower bound c of tau; m need only be near the row max."""
+    row_keys = (hi - lo).to(tl.float32)
+    if ALPHA >= 15:
+        c = estimate_range(
+            q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end,
+            ALPHA, E, BE, BM, BN, HAS_KEYMASK, HAS_ALIBI, PRECISION,
+        )  # fmt: skip
+    c_before = c
+    s_before = tl.zeros_like(c)
     steps = 0
     residual = 1.0
     while (residual > tol) & (steps < max_steps):
@@ -24,9 +71,11 @@ def solve_range(
             q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, 1,
             ALPHA, E, BE, BM, BN, HAS_KEYMASK, HAS_ALIBI, PRECISION, True, False, True,
         )  # fmt: skip
-        live = (s > 0.0) & (lo < hi)
-        c = tl.where(live, newton_step(c, f, s, h, ALPHA), c)
-        residual = tl.max(tl.where(live, tl.abs(f - 1.0), 0.0), 0)
+        new = tl.where(lo < hi, newton_step(c, f, s, h, ALPHA), c)
+        residual = tl.max(tl.where(lo < hi, residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA), 0.0), 0)
+        c_before = c
+        s_before = s
+        c = new
         steps += 1
     return c
 
