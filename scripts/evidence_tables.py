@@ -31,9 +31,10 @@ def experiment(name: str, title: str) -> Iterator[str]:
         machine, settings = found["machine"], found["settings"]
         versions = ", ".join(f"{package} {machine['versions'][package]}" for package in ("torch", "triton", "transformers"))
         yield f"### {title.format(context=settings['context'])}"
+        shared = " Other programs used the card meanwhile: times would say nothing." if settings.get("shared") else ""
         yield (
             f"{machine['device']}; {versions}; {machine['date']}; {found['seconds']:.0f} s in all, by `{machine['command']}`; "
-            f"`benchmarks/results/{path.name}`."
+            f"`benchmarks/results/{path.name}`.{shared}"
         )
         yield markdown(found["table"])
         if found["not run"]:

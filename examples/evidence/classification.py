@@ -26,8 +26,8 @@ import hf
 import numpy as np
 import texts
 import torch
-from report import machine, save, spread, table
-from training import CALIBRATION_STEPS, Budget, Run, autocast, calibrate, each, optimize, seconds_of
+from report import machine, save, spread, table, without_times
+from training import CALIBRATION_STEPS, Budget, Run, autocast, calibrate, comparable, cut, each, optimize, seconds_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -102,9 +102,12 @@ class Experiment:
     def step_ms(self, variant: str) -> float:
         return self.run(variant, 0, CALIBRATION_STEPS, math.inf, evaluate=False).step_ms
 
+    def padded(self, part: encoders.Ragged, rows: Any) -> dict[str, torch.Tensor]:
+        return part.padded(rows, self.device, most=self.options.context)
+
     def loss(self, model: Any, rows: Any) -> torch.Tensor:
         labels = torch.from_numpy(self.data["train_labels"][rows]).to(self.device)
-        logits = model(**self.data["train"].padded(rows, self.device)).logits
+        logits = model(**self.padded(self.data["train"], rows)).logits
         return torch.nn.functional.cross_entropy(logits.float(), labels)
 
     @torch.no_grad()
@@ -113,11 +116,31 @@ class Experiment:
         test, predicted = self.data["test"], np.zeros(len(self.data["test"]), dtype=np.int64)
         with autocast(self.device):
             for rows in test.batches(self.options.micro):
-                predicted[rows] = model(**test.padded(rows, self.device)).logits.argmax(-1).cpu().numpy()
+                predicted[rows] = model(**self.padded(test, rows)).logits.argmax(-1).cpu().numpy()
             longest = np.argsort(test.lengths)[-self.options.micro :]
-            densities = encoders.density_of(model, test.padded(longest, self.device))
+            densities = encoders.density_of(model, self.padded(test, longest))
         f1, accuracy = macro_f1(predicted, self.data["test_labels"]), float(np.mean(predicted == self.data["test_labels"]))
         return {"step": step, "macro_f1": f1, "accuracy": accuracy, "density_by_layer_and_head": densities}
+
+
+def rows_of(runs: list[Run]) -> list[dict[str, Any]]:
+    rows = []
+    for variant in dict.fromkeys(run.variant for run in runs):
+        mine = [run for run in runs if run.variant == variant]
+        layers = [fmean(layer) for layer in mine[0].curve[-1]["density_by_layer_and_head"]]
+        rows.append(
+            {
+                "variant": variant,
+                "seeds": len(mine),
+                "steps": mine[0].steps,
+                "macro F1": spread([100 * run.curve[-1]["macro_f1"] for run in mine], "{:.2f}"),
+                "accuracy": spread([100 * run.curve[-1]["accuracy"] for run in mine], "{:.2f}"),
+                "ms a step": spread([run.step_ms for run in mine], "{:.0f}"),
+                "peak GB": None if mine[0].peak_gb is None else f"{max(run.peak_gb or 0 for run in mine):.2f}",
+                "not zero, by layer": " ".join(f"{100 * layer:.1f}%" for layer in layers) or "100%",
+            }
+        )
+    return rows
 
 
 def main() -> int:
@@ -129,6 +152,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=seconds_of, default="7m", help="of the whole run: 90s, 7m, 1h (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="instead of what the budget leaves room for; the budget still ends the run")
+    parser.add_argument("--shared", action="store_true", help="other programs use the device meanwhile: the table has no times")
     parser.add_argument("--batch", type=int, default=32, help="documents an optimizer step")
     parser.add_argument("--micro", type=int, default=32, help="documents at once in memory")
     parser.add_argument("--lr", type=float, default=2e-4)
@@ -152,49 +176,41 @@ def main() -> int:
     device, skipped = torch.device(options.device), {}
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(options, data, device)
-    times = calibrate(experiment.step_ms, options.variants, skipped)
-    if not times:
+    variants = dict.fromkeys(options.variants) if options.steps else calibrate(experiment.step_ms, options.variants, skipped)
+    if not variants:
         sys.exit("No variant can run.")
-    steps = options.steps or budget.steps(times.values(), options.seeds, 2, share=0.75)
+    steps = options.steps or budget.steps(variants.values(), options.seeds, 2, share=0.75)
     print(f"{steps} steps of {options.batch} documents, {steps / experiment.steps_an_epoch:.1f} epochs", flush=True)
     runs: list[Run] = []
+
+    def report() -> tuple[Path, list[dict[str, Any]]]:
+        rows = rows_of(comparable(runs))
+        rows = without_times(rows) if options.shared else rows
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        content = {
+            "machine": machine(device),
+            "settings": settings | {"steps": steps, "epochs": steps / experiment.steps_an_epoch},
+            "texts": {"train": len(data["train"]), "test": len(data["test"]), "tokens": float(lengths.mean())},
+            "table": rows,
+            "runs": [vars(run) for run in runs],
+            "not run": skipped | cut(runs),
+            "seconds": time.monotonic() - budget.started,
+        }
+        return save(f"classification_{options.context}", content, options.json), rows
+
     for run in each(
-        budget, options.seeds, times, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
+        budget, options.seeds, variants, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
     ):
         runs.append(run)
         print(f"{run.variant}, seed {run.seed}: F1 {100 * run.curve[-1]['macro_f1']:.2f}{' (cut)' * run.cut}", flush=True)
+        report()  # what ends this program later takes nothing back
     if not runs:
         sys.exit("The budget ended before the first variant began.")
-    rows = []
-    for variant in dict.fromkeys(run.variant for run in runs):
-        mine = [run for run in runs if run.variant == variant]
-        layers = [fmean(layer) for layer in mine[0].curve[-1]["density_by_layer_and_head"]]
-        rows.append(
-            {
-                "variant": variant,
-                "seeds": len(mine),
-                "steps": mine[0].steps,
-                "macro F1": spread([100 * run.curve[-1]["macro_f1"] for run in mine], "{:.2f}"),
-                "accuracy": spread([100 * run.curve[-1]["accuracy"] for run in mine], "{:.2f}"),
-                "ms a step": spread([run.step_ms for run in mine], "{:.0f}"),
-                "peak GB": None if mine[0].peak_gb is None else f"{max(run.peak_gb or 0 for run in mine):.2f}",
-                "not zero, by layer": " ".join(f"{100 * layer:.1f}%" for layer in layers) or "100%",
-            }
-        )
+    path, rows = report()
     print(table(rows, tuple(rows[0])))
-    for variant, reason in skipped.items():
+    for variant, reason in (skipped | cut(runs)).items():
         print(f"not run: {variant}: {reason}")
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    content = {
-        "machine": machine(device),
-        "settings": settings | {"steps": steps, "epochs": steps / experiment.steps_an_epoch},
-        "texts": {"train": len(data["train"]), "test": len(data["test"]), "tokens": float(lengths.mean())},
-        "table": rows,
-        "runs": [vars(run) for run in runs],
-        "not run": skipped,
-        "seconds": time.monotonic() - budget.started,
-    }
-    print(f"written to {save(f'classification_{options.context}', content, options.json)}")
+    print(f"written to {path}")
     return 0
 
 

@@ -23,8 +23,21 @@ import hf
 import numpy as np
 import texts
 import torch
-from report import machine, save, spread, table
-from training import CALIBRATION_STEPS, Budget, Run, Sequences, autocast, calibrate, each, optimize, seconds_of
+from report import machine, save, spread, table, without_times
+from training import (
+    CALIBRATION_STEPS,
+    Budget,
+    Run,
+    Sequences,
+    autocast,
+    calibrate,
+    comparable,
+    cut,
+    each,
+    evaluated_at,
+    optimize,
+    seconds_of,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EVALUATIONS = 4
@@ -60,6 +73,7 @@ class Experiment:
         model = copy.deepcopy(self.model).to(self.device)
         schedule = hf.use(model, variant, steps if evaluate else 2 * steps)  # timed while alpha rises
         run, batches = Run(variant, seed), np.random.default_rng(seed)
+        due = evaluated_at(steps, EVALUATIONS)
         if evaluate:
             run.curve.append(self.evaluate(model, 0, entmax=variant != "softmax"))
 
@@ -70,7 +84,7 @@ class Experiment:
         def after_step(step: int) -> None:
             if schedule is not None:
                 schedule.step()
-            if evaluate and (run.cut or step % max(steps // EVALUATIONS, 1) == 0 or step == steps):
+            if evaluate and (run.cut or step in due):
                 run.curve.append(self.evaluate(model, step, entmax=variant != "softmax"))
 
         model.train()
@@ -130,6 +144,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--budget", type=seconds_of, default="7m", help="of the whole run: 90s, 7m, 1h (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="instead of what the budget leaves room for; the budget still ends the run")
+    parser.add_argument("--shared", action="store_true", help="other programs use the device meanwhile: the table has no times")
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--micro-tokens", type=int, default=16_384)
     parser.add_argument("--validation-tokens", type=int, default=131_072)
@@ -152,36 +167,44 @@ def main() -> int:
     device = torch.device(options.device)
     torch.set_float32_matmul_precision("high")
     experiment, skipped = Experiment(options, tokens, device), {}
-    times = calibrate(experiment.step_ms, options.variants, skipped)
-    if not times:
+    variants = dict.fromkeys(options.variants) if options.steps else calibrate(experiment.step_ms, options.variants, skipped)
+    if not variants:
         sys.exit("No variant can run.")
-    steps = options.steps or budget.steps(times.values(), options.seeds, EVALUATIONS, share=0.75)
+    steps = options.steps or budget.steps(variants.values(), options.seeds, EVALUATIONS, share=0.75)
     print(f"{steps} steps of {experiment.train.sequences} x {options.context} tokens", flush=True)
     runs: list[Run] = []
+
+    def report() -> tuple[Path, list[dict[str, Any]]]:
+        rows = rows_of(comparable(runs))
+        rows = without_times(rows) if options.shared else rows
+        content = {
+            "machine": machine(device),
+            "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+            | {"steps": steps},
+            "texts": {"sources": tokens.sources, "train": len(tokens.train), "validation": len(tokens.validation)},
+            "table": rows,
+            "runs": [vars(run) for run in runs],
+            "not run": skipped | cut(runs),
+            "seconds": time.monotonic() - budget.started,
+        }
+        return save(f"continued_training_{options.context}", content, options.json), rows
+
     for run in each(
-        budget, options.seeds, times, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
+        budget, options.seeds, variants, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
     ):
         runs.append(run)
         before, after = (run.curve[i]["validation_loss"] for i in (0, -1))
-        cut = " (cut)" * run.cut
-        print(f"{run.variant}, seed {run.seed}: {before:.3f}, after {run.steps} steps {after:.3f}{cut}", flush=True)
+        print(
+            f"{run.variant}, seed {run.seed}: {before:.3f}, after {run.steps} steps {after:.3f}{' (cut)' * run.cut}", flush=True
+        )
+        report()  # what ends this program later takes nothing back
     if not runs:
         sys.exit("The budget ended before the first variant began.")
-    rows = rows_of(runs)
+    path, rows = report()
     print(table(rows, tuple(rows[0])))
-    for variant, reason in skipped.items():
+    for variant, reason in (skipped | cut(runs)).items():
         print(f"not run: {variant}: {reason}")
-    content = {
-        "machine": machine(device),
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        | {"steps": steps},
-        "texts": {"sources": tokens.sources, "train": len(tokens.train), "validation": len(tokens.validation)},
-        "table": rows,
-        "runs": [vars(run) for run in runs],
-        "not run": skipped,
-        "seconds": time.monotonic() - budget.started,
-    }
-    print(f"written to {save(f'continued_training_{options.context}', content, options.json)}")
+    print(f"written to {path}")
     return 0
 
 

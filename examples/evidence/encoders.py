@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 CLS, SEP, MASK = 101, 102, 103  # of BERT's uncased vocabulary, which MiniLM has
+PAD_TO = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,14 @@ class Ragged:
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.diff(self.starts)
 
-    def padded(self, rows: Any, device: torch.device) -> dict[str, torch.Tensor]:
-        """``input_ids`` and ``attention_mask`` (B, L), padded on the right with 0."""
+    def padded(self, rows: Any, device: torch.device, most: int = 0) -> dict[str, torch.Tensor]:
+        """``input_ids`` and ``attention_mask`` (B, L), padded on the right with 0.
+
+        L is the longest of the rows, or, up to ``most``, the next multiple of 64: kernels and plans made for a length are made once.
+        """
         lengths = self.lengths[rows]
-        ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+        longest = int(lengths.max())
+        ids = np.zeros((len(rows), max(longest, min(-(-longest // PAD_TO) * PAD_TO, most))), dtype=np.int64)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             ids[i, :length] = self.ids[self.starts[row] : self.starts[row] + length]
         mask = np.arange(ids.shape[1]) < lengths[:, None]

@@ -5,9 +5,9 @@
     python examples/evidence/language_modelling.py --size 10m --context 256 --device cpu --budget 30m
 
 All variants of a run start from the same weights (asentmax has two more matrices a layer, so its draws differ) and see the same batches
-in the same order. First each is timed for a few steps, then all train for the number of steps that the budget leaves room for (or
---steps). A variant that cannot run is named with its reason. The adasplash package autotunes for minutes at each new length: give it a
-run of its own, with the --steps of the others.
+in the same order. First each is timed for a few steps, then all train for the number of steps that the budget leaves room for; with
+--steps nothing is timed first. A variant that cannot run is named with its reason. The adasplash package autotunes for minutes at each
+new length: give it a run of its own, with the --steps of the others.
 The texts are those of texts.py; --prepare FILE.npz only tokenizes them, and --tokens FILE.npz needs no texts any more.
 """
 
@@ -26,9 +26,22 @@ import numpy as np
 import texts
 import torch
 from models import Decoder, Size, adasplash_022, dense_entmax, entmax_attention, other_attention, softmax
-from report import machine, save, spread, table
+from report import machine, save, spread, table, without_times
 from torch import nn
-from training import CALIBRATION_STEPS, Budget, Run, Sequences, autocast, calibrate, each, optimize, seconds_of
+from training import (
+    CALIBRATION_STEPS,
+    Budget,
+    Run,
+    Sequences,
+    autocast,
+    calibrate,
+    comparable,
+    cut,
+    each,
+    evaluated_at,
+    optimize,
+    seconds_of,
+)
 
 from adasplash_core.nn import AlphaSchedule
 
@@ -66,6 +79,7 @@ class Experiment:
         schedule = AlphaSchedule(model, max(rise, 1)) if variant == "annealed" else None
         forward: Callable[..., torch.Tensor] = torch.compile(model) if self.options.compile else model
         run, batches = Run(variant, seed), np.random.default_rng(seed)
+        due = evaluated_at(steps, EVALUATIONS)
 
         def batch() -> list[Callable[[], torch.Tensor]]:
             pieces = self.train.draw(batches)
@@ -74,7 +88,7 @@ class Experiment:
         def after_step(step: int) -> None:
             if schedule is not None:
                 schedule.step()
-            if evaluate and (run.cut or step % max(steps // EVALUATIONS, 1) == 0 or step == steps):
+            if evaluate and (run.cut or step in due):
                 run.curve.append(self.evaluate(model, step))
 
         optimize(run, model, steps, batch, rate=self.options.lr, after_step=after_step, device=self.device, deadline=deadline)
@@ -133,6 +147,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--budget", type=seconds_of, default="7m", help="of the whole run: 90s, 7m, 1h (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="instead of what the budget leaves room for; the budget still ends the run")
+    parser.add_argument("--shared", action="store_true", help="other programs use the device meanwhile: the table has no times")
     parser.add_argument("--batch-tokens", type=int, default=65_536, help="an optimizer step (default: %(default)s)")
     parser.add_argument("--micro-tokens", type=int, default=32_768, help="at once in memory (default: %(default)s)")
     parser.add_argument("--validation-tokens", type=int, default=262_144)
@@ -166,38 +181,45 @@ def main() -> int:
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(options, tokens, device)
     skipped: dict[str, str] = {}
-    times = calibrate(experiment.step_ms, options.variants, skipped)
-    if not times:
+    variants = dict.fromkeys(options.variants) if options.steps else calibrate(experiment.step_ms, options.variants, skipped)
+    if not variants:
         sys.exit("No variant can run.")
-    steps = options.steps or budget.steps(times.values(), options.seeds, EVALUATIONS)
+    steps = options.steps or budget.steps(variants.values(), options.seeds, EVALUATIONS)
     shape, millions = f"{experiment.train.sequences} x {options.context} tokens", experiment.size.parameters / 1e6
     print(f"{steps} steps of {shape}, {millions:.1f}M parameters", flush=True)
     runs: list[Run] = []
+
+    def report() -> tuple[Path, list[dict[str, Any]]]:
+        rows = rows_of(comparable(runs), experiment)
+        rows = without_times(rows) if options.shared else rows
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        content = {
+            "machine": machine(device),
+            "settings": settings
+            | {"parameters": experiment.size.parameters, "sequences": experiment.train.sequences, "steps": steps},
+            "texts": {"sources": tokens.sources, "train": len(tokens.train), "validation": len(tokens.validation)},
+            "variants": {name: VARIANTS[name][0] for name in options.variants},
+            "table": rows,
+            "runs": [vars(run) for run in runs],
+            "not run": skipped | cut(runs),
+            "seconds": time.monotonic() - budget.started,
+        }
+        return save(f"language_modelling_{options.size}_{options.context}", content, options.json), rows
+
     for run in each(
-        budget, options.seeds, times, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
+        budget, options.seeds, variants, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
     ):
         runs.append(run)
         loss = run.curve[-1]["validation_loss"]
         print(f"{run.variant}, seed {run.seed}: {loss:.3f} after {run.steps} steps{' (cut)' * run.cut}", flush=True)
+        report()  # what ends this program later takes nothing back
     if not runs:
         sys.exit("The budget ended before the first variant began.")
-    rows = rows_of(runs, experiment)
+    path, rows = report()
     print(table(rows, tuple(rows[0])))
-    for variant, reason in skipped.items():
+    for variant, reason in (skipped | cut(runs)).items():
         print(f"not run: {variant}: {reason}")
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    content = {
-        "machine": machine(device),
-        "settings": settings
-        | {"parameters": experiment.size.parameters, "sequences": experiment.train.sequences, "steps": steps},
-        "texts": {"sources": tokens.sources, "train": len(tokens.train), "validation": len(tokens.validation)},
-        "variants": {name: VARIANTS[name][0] for name in options.variants},
-        "table": rows,
-        "runs": [vars(run) for run in runs],
-        "not run": skipped,
-        "seconds": time.monotonic() - budget.started,
-    }
-    print(f"written to {save(f'language_modelling_{options.size}_{options.context}', content, options.json)}")
+    print(f"written to {path}")
     return 0
 
 

@@ -69,5 +69,11 @@ def save(name: str, content: Mapping[str, Any], path: Path | None) -> Path:
     """Write a file of results: unless a path is given, into ``benchmarks/results``, its name ended by the machine's."""
     path = RESULTS / f"{name}_{short_name(content['machine'])}.json" if path is None else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
+    part = path.with_name(path.name + ".part")  # a program ended while it writes leaves the file that was there whole
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return part.replace(path)
+
+
+def without_times(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows less what other programs on the device would have spoilt."""
+    return [{column: value for column, value in row.items() if column not in ("ms a step", "tokens / s")} for row in rows]

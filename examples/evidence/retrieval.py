@@ -27,8 +27,8 @@ import hf
 import numpy as np
 import texts
 import torch
-from report import machine, save, spread, table
-from training import CALIBRATION_STEPS, Budget, Run, autocast, calibrate, each, optimize, seconds_of
+from report import machine, save, spread, table, without_times
+from training import CALIBRATION_STEPS, Budget, Run, autocast, calibrate, comparable, cut, each, optimize, seconds_of
 from transformers import AutoModel, AutoTokenizer
 
 from adasplash_core.nn import AlphaSchedule
@@ -81,6 +81,9 @@ class Experiment:
         parts = [value for value in data.values() if isinstance(value, encoders.Ragged)]
         self.vocabulary = 1 + max(encoders.MASK, *(int(part.ids.max()) for part in parts))
 
+    def padded(self, part: encoders.Ragged, rows: Any) -> dict[str, torch.Tensor]:
+        return part.padded(rows, self.device, most=self.options.context)
+
     def model(self, seed: int) -> Any:
         context = self.options.context
         if self.loaded is not None:
@@ -104,9 +107,7 @@ class Experiment:
         model.train()
 
         def loss(rows: Any) -> torch.Tensor:
-            found = (
-                embed(model, titles.padded(rows, self.device)) @ embed(model, bodies.padded(rows, self.device)).T / TEMPERATURE
-            )
+            found = embed(model, self.padded(titles, rows)) @ embed(model, self.padded(bodies, rows)).T / TEMPERATURE
             target = torch.arange(len(rows), device=self.device)
             both = torch.nn.functional.cross_entropy(found, target) + torch.nn.functional.cross_entropy(found.T, target)
             return both / 2
@@ -132,7 +133,7 @@ class Experiment:
 
         def batch() -> list[Callable[[], torch.Tensor]]:
             rows = order.choice(len(bodies), min(self.options.batch, len(bodies)), replace=False)
-            inputs = encoders.masked(bodies.padded(rows, self.device))
+            inputs = encoders.masked(self.padded(bodies, rows))
             return [lambda: model(**inputs).loss]
 
         def after_step(step: int) -> None:
@@ -167,15 +168,35 @@ class Experiment:
         embedded = []
         with autocast(self.device):
             for ragged in (self.data["test_titles"], self.data["test_bodies"]):
-                rows_of = list(ragged.batches(64))
-                vectors = torch.cat([embed(model, ragged.padded(rows, self.device)) for rows in rows_of])
-                embedded.append(vectors[torch.from_numpy(np.argsort(np.concatenate(rows_of))).to(self.device)])
+                batches = list(ragged.batches(64))
+                vectors = torch.cat([embed(model, self.padded(ragged, rows)) for rows in batches])
+                embedded.append(vectors[torch.from_numpy(np.argsort(np.concatenate(batches))).to(self.device)])
             longest = np.argsort(ragged.lengths)[-16:]
-            densities = encoders.density_of(model, ragged.padded(longest, self.device))
+            densities = encoders.density_of(model, self.padded(ragged, longest))
         model.train(was_training)
         with torch.autocast(self.device.type, enabled=False):
             score = ndcg_at_10(embedded[0] @ embedded[1].T)
         return {"step": step, "ndcg_at_10": score, "density_by_layer_and_head": densities}
+
+
+def rows_of(runs: list[Run]) -> list[dict[str, Any]]:
+    rows = []
+    for variant in dict.fromkeys(run.variant for run in runs):
+        mine = [run for run in runs if run.variant == variant]
+        layers = [fmean(layer) for layer in mine[0].curve[-1]["density_by_layer_and_head"]]
+        rows.append(
+            {
+                "variant": variant,
+                "seeds": len(mine),
+                "steps": mine[0].steps,
+                "nDCG@10 before": f"{100 * mine[0].curve[0]['ndcg_at_10']:.2f}",
+                "nDCG@10": spread([100 * run.curve[-1]["ndcg_at_10"] for run in mine], "{:.2f}"),
+                "ms a step": spread([run.step_ms for run in mine], "{:.0f}"),
+                "peak GB": None if mine[0].peak_gb is None else f"{max(run.peak_gb or 0 for run in mine):.2f}",
+                "not zero, by layer": " ".join(f"{100 * layer:.1f}%" for layer in layers) or "100%",
+            }
+        )
+    return rows
 
 
 def main() -> int:
@@ -190,6 +211,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=seconds_of, default="7m", help="of the whole run: 90s, 7m, 1h (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="instead of what the budget leaves room for; the budget still ends the run")
+    parser.add_argument("--shared", action="store_true", help="other programs use the device meanwhile: the table has no times")
     parser.add_argument("--batch", type=int, default=64, help="pairs an optimizer step, and in memory")
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--pretraining-lr", type=float, default=5e-4, help="of a modernbert")
@@ -209,50 +231,42 @@ def main() -> int:
     device, skipped = torch.device(options.device), {}
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(options, data, device)
-    times = calibrate(experiment.step_ms, options.variants, skipped)
-    if not times:
+    variants = dict.fromkeys(options.variants) if options.steps else calibrate(experiment.step_ms, options.variants, skipped)
+    if not variants:
         sys.exit("No variant can run.")
-    steps = options.steps or budget.steps(times.values(), options.seeds, 2, share=0.7)
+    steps = options.steps or budget.steps(variants.values(), options.seeds, 2, share=0.7)
     print(f"{steps} steps of {options.batch} pairs", flush=True)
     runs: list[Run] = []
+
+    def report() -> tuple[Path, list[dict[str, Any]]]:
+        rows = rows_of(comparable(runs))
+        rows = without_times(rows) if options.shared else rows
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        content = {
+            "machine": machine(device),
+            "settings": settings | {"steps": steps},
+            "texts": {"train": len(data["train_titles"]), "held out": len(data["test_titles"])},
+            "table": rows,
+            "runs": [vars(run) for run in runs],
+            "not run": skipped | cut(runs),
+            "seconds": time.monotonic() - budget.started,
+        }
+        return save("retrieval_modernbert" if experiment.scratch else "retrieval_minilm", content, options.json), rows
+
     for run in each(
-        budget, options.seeds, times, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
+        budget, options.seeds, variants, lambda name, seed: experiment.run(name, seed, steps, budget.deadline), skipped
     ):
         runs.append(run)
         before, after = (100 * run.curve[i]["ndcg_at_10"] for i in (0, -1))
         print(f"{run.variant}, seed {run.seed}: nDCG@10 {before:.2f}, then {after:.2f}{' (cut)' * run.cut}", flush=True)
+        report()  # what ends this program later takes nothing back
     if not runs:
         sys.exit("The budget ended before the first variant began.")
-    rows = []
-    for variant in dict.fromkeys(run.variant for run in runs):
-        mine = [run for run in runs if run.variant == variant]
-        layers = [fmean(layer) for layer in mine[0].curve[-1]["density_by_layer_and_head"]]
-        rows.append(
-            {
-                "variant": variant,
-                "seeds": len(mine),
-                "steps": mine[0].steps,
-                "nDCG@10 before": f"{100 * mine[0].curve[0]['ndcg_at_10']:.2f}",
-                "nDCG@10": spread([100 * run.curve[-1]["ndcg_at_10"] for run in mine], "{:.2f}"),
-                "ms a step": spread([run.step_ms for run in mine], "{:.0f}"),
-                "peak GB": None if mine[0].peak_gb is None else f"{max(run.peak_gb or 0 for run in mine):.2f}",
-                "not zero, by layer": " ".join(f"{100 * layer:.1f}%" for layer in layers) or "100%",
-            }
-        )
+    path, rows = report()
     print(table(rows, tuple(rows[0])))
-    for variant, reason in skipped.items():
+    for variant, reason in (skipped | cut(runs)).items():
         print(f"not run: {variant}: {reason}")
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    content = {
-        "machine": machine(device),
-        "settings": settings | {"steps": steps},
-        "texts": {"train": len(data["train_titles"]), "held out": len(data["test_titles"])},
-        "table": rows,
-        "runs": [vars(run) for run in runs],
-        "not run": skipped,
-        "seconds": time.monotonic() - budget.started,
-    }
-    print(f"written to {save('retrieval_modernbert' if experiment.scratch else 'retrieval', content, options.json)}")
+    print(f"written to {path}")
     return 0
 
 

@@ -38,6 +38,7 @@ class Run:
     milliseconds: list[float] = field(default_factory=list)  # of every step
     peak_gb: float | None = None
     cut: bool = False  # the budget ended before its steps
+    seconds: float = math.nan  # in all, with its model's start and the evaluations
 
 
 class Budget:
@@ -76,8 +77,10 @@ def each(
 ) -> Iterator[Run]:
     """Train every variant from every seed while the budget lasts; of those that fail or find it spent ``skipped`` gets the reasons.
 
+    A further seed begins only if as much time is left as the variant took before: half a run would say nothing.
     A SIGTERM ends the variant that runs, and the budget: what came before it is still written.
     """
+    took: dict[str, float] = {}
 
     def ended(signal_: int, frame: Any) -> None:
         budget.deadline = -math.inf
@@ -88,11 +91,13 @@ def each(
         for seed in range(seeds):
             for variant in variants:
                 name = f"{variant}, seed {seed}"
-                if budget.spent:
-                    skipped[name] = "the budget ended"
+                began = time.monotonic()
+                if began + took.get(variant, 0.0) > budget.deadline:
+                    skipped[name] = "the budget ended" if budget.spent else "the budget left too little for it"
                     continue
                 try:
                     run = train(variant, seed)
+                    run.seconds = took[variant] = round(time.monotonic() - began, 3)
                 except Exception as error:  # as in calibrate: the other variants go on
                     skipped[name] = _reason(error)
                     print(f"{name} failed: {skipped[name]}", flush=True)
@@ -101,6 +106,25 @@ def each(
                 free()
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def comparable(runs: Sequence[Run]) -> list[Run]:
+    """Those that a table may put side by side: of each variant the ones that no budget cut, or its longest if all were cut."""
+    kept = []
+    for variant in dict.fromkeys(run.variant for run in runs):
+        mine = [run for run in runs if run.variant == variant]
+        kept += [run for run in mine if not run.cut] or [max(mine, key=lambda run: run.steps)]
+    return kept
+
+
+def cut(runs: Sequence[Run]) -> dict[str, str]:
+    """What to say of the runs that :func:`comparable` leaves out."""
+    kept = comparable(runs)
+    return {
+        f"{run.variant}, seed {run.seed}": f"the budget ended after {run.steps} steps, not in the table"
+        for run in runs
+        if not any(run is one for one in kept)
+    }
 
 
 def _reason(error: Exception) -> str:
@@ -112,6 +136,11 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def evaluated_at(steps: int, times: int) -> set[int]:
+    """The numbers of steps after which a run is evaluated, the last of them ``steps``."""
+    return {round(steps * (i + 1) / times) for i in range(times)} - {0}
 
 
 def rate_at(step: int, steps: int) -> float:

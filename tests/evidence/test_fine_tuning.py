@@ -95,9 +95,11 @@ def test_retrieval(tmp_path: Path) -> None:
     torch.manual_seed(0)
     BertModel(BertConfig(**SIZES, max_position_embeddings=64)).save_pretrained(tmp_path)
     pairs(tmp_path / "tokens.npz")
-    content = run("retrieval.py", tmp_path, "--batch", "20", "--steps", "20", "--seeds", "1", "--lr", "0.003",
+    content = run("retrieval.py", tmp_path, "--batch", "20", "--steps", "20", "--seeds", "1", "--lr", "0.003", "--shared",
                   "--variants", "softmax", "annealed 2", "entmax 1.5")  # fmt: skip
     assert [one["variant"] for one in content["runs"]] == ["softmax", "annealed 2", "entmax 1.5"]
+    assert content["settings"]["shared"]
+    assert "ms a step" not in content["table"][0]
     for one in content["runs"]:
         scores = [point["ndcg_at_10"] for point in one["curve"]]
         assert scores[-1] > max(0.6, scores[0]), one["variant"]
@@ -151,6 +153,12 @@ class TestRagged:
         batch = ragged.padded(np.array([2, 0]), torch.device("cpu"))
         assert batch["input_ids"].tolist() == [[9, 10, 0], [5, 6, 7]]
         assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+    def test_lengths_are_rounded_up_to_64_but_not_beyond_the_most(self) -> None:
+        ragged = encoders.Ragged.of([[1] * n for n in (3, 65, 99)])
+        lengths = {most: [ragged.padded([row], torch.device("cpu"), most)["input_ids"].shape[1] for row in range(3)]
+                   for most in (0, 99, 512)}  # fmt: skip
+        assert lengths == {0: [3, 65, 99], 99: [64, 99, 99], 512: [64, 128, 128]}
 
     def test_batches_have_every_row_once_and_like_lengths(self) -> None:
         ragged = encoders.Ragged.of([[1] * n for n in (5, 1, 4, 2, 3)])

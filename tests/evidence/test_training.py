@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +15,8 @@ from .conftest import EVIDENCE
 
 sys.path.insert(0, str(EVIDENCE))
 try:
-    from report import short_name
-    from training import Budget, Run, each
+    from report import save, short_name, without_times
+    from training import Budget, Run, comparable, cut, each, evaluated_at
 finally:
     sys.path.remove(str(EVIDENCE))
 
@@ -47,6 +50,50 @@ def test_a_spent_budget_trains_nothing() -> None:
     skipped: dict[str, str] = {}
     assert not list(each(Budget(-1), 1, ["a"], Run, skipped))
     assert skipped == {"a, seed 0": "the budget ended"}
+
+
+def test_a_seed_that_would_not_be_finished_is_not_begun() -> None:
+    budget = Budget(60)
+
+    def train(variant: str, seed: int) -> Run:
+        if variant == "slow":
+            time.sleep(1.0)
+            budget.deadline = time.monotonic() + 0.8
+        return Run(variant, seed)
+
+    skipped: dict[str, str] = {}
+    runs = [(run.variant, run.seed) for run in each(budget, 2, ["fast", "slow"], train, skipped)]
+    assert runs == [("fast", 0), ("slow", 0), ("fast", 1)]
+    assert skipped == {"slow, seed 1": "the budget left too little for it"}
+
+
+def test_a_run_that_was_cut_is_not_averaged_with_whole_ones() -> None:
+    whole = [Run("a", 0, steps=9), Run("a", 2, steps=9), Run("b", 2, steps=9)]
+    short = [Run("a", 1, steps=3, cut=True), Run("c", 0, steps=2, cut=True)]
+    longest = Run("c", 1, steps=5, cut=True)
+    runs = [whole[0], short[0], whole[1], whole[2], short[1], longest]
+    assert comparable(runs) == [*whole, longest]
+    assert cut(runs) == {
+        "a, seed 1": "the budget ended after 3 steps, not in the table",
+        "c, seed 0": "the budget ended after 2 steps, not in the table",
+    }
+
+
+@pytest.mark.parametrize(("steps", "at"), [(10, {2, 4, 6, 8, 10}), (276, {55, 110, 166, 221, 276}), (3, {1, 2, 3}), (1, {1})])
+def test_the_last_step_is_evaluated_and_no_more_than_asked_for(steps: int, at: set[int]) -> None:
+    assert evaluated_at(steps, 5) == at
+
+
+def test_a_shared_device_has_no_times() -> None:
+    assert without_times([{"variant": "a", "ms a step": 3, "tokens / s": 5, "peak GB": 1}]) == [{"variant": "a", "peak GB": 1}]
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "out.json"
+    for number in (1, 2):
+        assert save("", {"number": number}, path) == path
+        assert json.loads(path.read_text(encoding="utf-8")) == {"number": number}
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
