@@ -41,7 +41,6 @@ class ForwardConfig(KernelConfig):
     list_warps: int = 4
     list_stages: int = 2
     list_registers: int = 0
-    dense_blocks: int = 1  # blocks of LIST_ROWS rows per program of the pass over all keys
     dense_keys: int = 64
     dense_warps: int = 4
     dense_stages: int = 3
@@ -139,8 +138,6 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo, precision: Precisio
             config, select_blocks=1, select_keys=32, select_warps=8,
             list_keys=keys, list_keys_on_chip=keys, list_warps=8, dense_keys=keys, dense_warps=8,
         )  # fmt: skip
-    if _itemsize(spec) == 2 and row <= 256 and not _before_hopper(device):
-        config = replace(config, dense_blocks=2, dense_warps=8)
     if _before_hopper(device) and config.select_blocks > 1:
         config = replace(config, select_blocks=1)  # accumulators of 64 x 128 spill with mma.sync's layout
     if device.capability is not None and device.capability >= (10, 0):
@@ -222,8 +219,8 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
         for stages in (2, 3):
             yield replace(base, list_keys_on_chip=on_chip, list_stages=stages)
     for keys in (32, 64, 128):
-        for blocks, warps in ((1, 4), (1, 8), (2, 8)):
-            yield replace(base, dense_keys=keys, dense_blocks=blocks, dense_warps=warps)
+        for warps in (4, 8):
+            yield replace(base, dense_keys=keys, dense_warps=warps)
 
 
 def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[BackwardConfig]:

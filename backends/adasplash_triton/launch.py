@@ -236,9 +236,7 @@ def _select_solve(
         BS=config.list_keys_on_chip,
         BD=config.dense_keys,
     )
-    # Arguments differ between the two passes that take several blocks a program.
-    wide = arguments | {"BLOCKS_PER_PROGRAM": config.dense_blocks, "BM": LIST_ROWS * config.dense_blocks}
-    groups, wide_groups = -(-q_blocks // config.select_blocks), -(-q_blocks // config.dense_blocks)
+    groups = -(-q_blocks // config.select_blocks)
     select = {"num_warps": config.select_warps, "num_stages": config.select_stages} | _most(config.select_registers)
     solve = {"num_warps": config.list_warps, "num_stages": config.list_stages} | _most(config.list_registers)
     dense = {"num_warps": config.dense_warps, "num_stages": config.dense_stages}
@@ -246,7 +244,7 @@ def _select_solve(
         Step(key_max_kernel, (key_blocks, batch * kv_heads, 1), arguments, {"num_warps": 4}),
         Step(forward_select_kernel, (batch * heads * groups, 1, 1), arguments, select),
         Step(forward_lists_kernel, (items, 1, 1), arguments, solve),
-        Step(forward_dense_kernel, (batch * heads * wide_groups, 1, 1), wide, dense),
+        Step(forward_dense_kernel, (items, 1, 1), arguments, dense),
     ]
 
 

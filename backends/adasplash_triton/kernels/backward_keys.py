@@ -99,11 +99,6 @@ def backward_keys_kernel(
     b = tl.program_id(1) // kv_heads
     kv_head = tl.program_id(1) % kv_heads
     keys = n + tl.arange(0, BN)
-    k = load_tile(K + b.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head, n, k_stride, 0, kv_len, E, BE, BN, True)
-    v = load_tile(V + b.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head, n, v_stride, 0, kv_len, EV, BEV, BN, True)
-    allowed = keys < kv_len
-    if HAS_KEYMASK:
-        allowed = allowed & (tl.load(KEYMASK + b.to(tl.int64) * keymask_batch + keys, mask=keys < kv_len, other=0) != 0)
     kv_at = tl.program_id(1).to(tl.int64) * kv_len
     if LISTS:
         dk = load_rows(DK_SUM + kv_at * E, keys, E, kv_len, E, BE, True)
@@ -116,7 +111,19 @@ def backward_keys_kernel(
     if not LOADED:
         first = tl.maximum(n - shift - right, 0) // BM
         last = tl.minimum(tl.maximum(n + BN + left - shift + BM - 1, 0) // BM, q_blocks)
-    for g in range(group):
+    wanted = kv_len
+    if LISTS:
+        # Of sparse rows nothing is left to add: then K and V are not read.
+        left_over = 0
+        for g in range(group):
+            left_over += count_dense(BLOCKS + (b * heads + kv_head * group + g).to(tl.int64) * q_blocks * 2, first, last, 1024)
+        wanted = tl.where(left_over > 0, kv_len, 0)
+    k = load_tile(K + b.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head, n, k_stride, 0, wanted, E, BE, BN, True)
+    v = load_tile(V + b.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head, n, v_stride, 0, wanted, EV, BEV, BN, True)
+    allowed = keys < kv_len
+    if HAS_KEYMASK:
+        allowed = allowed & (tl.load(KEYMASK + b.to(tl.int64) * keymask_batch + keys, mask=keys < kv_len, other=0) != 0)
+    for g in range(tl.where(wanted > 0, group, 0)):
         head = kv_head * group + g
         bh = b * heads + head
         h = alpha_minus_one(A, head, PER_HEAD, ALPHA)

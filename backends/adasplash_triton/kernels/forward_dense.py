@@ -1,8 +1,7 @@
 """Forward, last pass: the blocks of rows whose lists would hold most of the keys, or found no room.
 
 A pass over all keys for each Newton step from the bound T and one for the output; general alpha first needs the row max, if it is not
-known. Programs of all other blocks end at once. What a program reads of K and V serves ``BLOCKS_PER_PROGRAM`` blocks of rows: reading
-is what bounds the passes of one block. Where only some of its blocks are left, the rows of the others count as seeing no key.
+known. Programs of all other blocks end at once.
 """
 
 from __future__ import annotations
@@ -33,15 +32,13 @@ def forward_dense_kernel(
     mask_batch, keymask_batch, slopes_batch, heads, group, q_len, kv_len, q_blocks, spread,
     shift, left, right, scale, keep_from, keep_scale, tol,
     ALPHA: tl.constexpr, PER_HEAD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, MAX_STEPS: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, MAX_STEPS: tl.constexpr,
     LOADED: tl.constexpr, HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     GRAD: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
-    bh, block = block_of_program((q_blocks + BLOCKS_PER_PROGRAM - 1) // BLOCKS_PER_PROGRAM, spread)
-    at = block * BM + tl.arange(0, BM)
-    entries = ENTRIES + bh.to(tl.int64) * q_blocks * 2
-    left_over = tl.load(entries + at // ROWS * 2 + 1, mask=at < q_len, other=0) < 0
-    if tl.max(left_over.to(tl.int32), 0) > 0:
+    bh, block = block_of_program(q_blocks, spread)
+    entry = ENTRIES + (bh.to(tl.int64) * q_blocks + block) * 2
+    if tl.load(entry + 1) < 0:
         keys_ptr = head_pointer(K, bh, heads, group, k_batch, k_head)
         values_ptr = head_pointer(V, bh, heads, group, v_batch, v_head)
         keymask = KEYMASK + (bh // heads).to(tl.int64) * keymask_batch
@@ -49,9 +46,6 @@ def forward_dense_kernel(
             Q, A, LO, HI, DIAG, SLOPES, bh, block, q_batch, q_head, q_stride, mask_batch, slopes_batch, heads, q_len, kv_len,
             shift, left, right, scale, ALPHA, PER_HEAD, E, BE, BM, LOADED, HAS_ALIBI,
         )  # fmt: skip
-        if BLOCKS_PER_PROGRAM > 1:
-            rows = tl.where(left_over, rows, q_len)
-            hi = tl.where(left_over, hi, lo)
         low, mid_start, mid_end, end = block_range(lo, hi, BD)
         row_at = bh.to(tl.int64) * q_len + rows
         m, c = start_of_row(T, ROW_MAX, row_at, rows < q_len, h, ALPHA)

@@ -121,12 +121,3 @@ def unlike_the_sample(sampled: float, others: float) -> AttentionCall:
 def test_an_estimate_from_keys_unlike_the_others_costs_looks_and_nothing_else(sampled: float, others: float) -> None:
     found = check(unlike_the_sample(sampled, others), **{**SMALL, "list_percent": 0, "least_list": 0, "dense_percent": 0})
     assert (lengths(found) == -1).all()
-
-
-def test_several_blocks_of_rows_a_program_over_all_keys() -> None:
-    generator = torch.Generator().manual_seed(6)
-    query, key, value = (torch.randn(1, 2, 300, 16, generator=generator) for _ in range(3))
-    query[:, :, 64:128] *= 40  # one of the first two blocks keeps a list
-    found = check(make_call(query * 0.2, key, value, is_causal=True, return_stats=True), **SMALL, dense_blocks=2)
-    assert (lengths(found)[:, :, 1] > 0).all()
-    assert (lengths(found)[:, :, [0, 2, 3]] == -1).any()
