@@ -167,7 +167,9 @@ def main() -> int:
     device = torch.device(options.device)
     torch.set_float32_matmul_precision("high")
     experiment, skipped = Experiment(options, tokens, device), {}
-    variants = dict.fromkeys(options.variants) if options.steps else calibrate(experiment.step_ms, options.variants, skipped)
+    variants = (
+        dict.fromkeys(options.variants, 0.0) if options.steps else calibrate(experiment.step_ms, options.variants, skipped)
+    )
     if not variants:
         sys.exit("No variant can run.")
     steps = options.steps or budget.steps(variants.values(), options.seeds, EVALUATIONS, share=0.75)

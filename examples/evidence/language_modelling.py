@@ -181,7 +181,9 @@ def main() -> int:
     torch.set_float32_matmul_precision("high")
     experiment = Experiment(options, tokens, device)
     skipped: dict[str, str] = {}
-    variants = dict.fromkeys(options.variants) if options.steps else calibrate(experiment.step_ms, options.variants, skipped)
+    variants = (
+        dict.fromkeys(options.variants, 0.0) if options.steps else calibrate(experiment.step_ms, options.variants, skipped)
+    )
     if not variants:
         sys.exit("No variant can run.")
     steps = options.steps or budget.steps(variants.values(), options.seeds, EVALUATIONS)

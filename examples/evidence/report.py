@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +36,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
         "threads": torch.get_num_threads() if info.type == "cpu" else None,
         "versions": versions,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
     }
 
 

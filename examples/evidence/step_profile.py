@@ -101,7 +101,7 @@ def summary(events: list[Event], steps: int) -> dict[str, Any]:
     }
 
 
-def profiled(step: Callable[[], None], steps: int, device: torch.device) -> list[Event]:
+def profiled(step: Callable[[], object], steps: int, device: torch.device) -> list[Event]:
     """What ran on the device in so many steps."""
     cpu, on_gpu = ProfilerActivity.CPU, device.type == "cuda"
     for activities in ([ProfilerActivity.CUDA], [ProfilerActivity.CUDA, cpu]) if on_gpu else ([cpu],):

@@ -6,8 +6,8 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +15,7 @@ from .conftest import EVIDENCE
 
 sys.path.insert(0, str(EVIDENCE))
 try:
+    import training
     from report import save, short_name, without_times
     from training import Budget, Run, comparable, cut, each, evaluated_at
 finally:
@@ -52,19 +53,18 @@ def test_a_spent_budget_trains_nothing() -> None:
     assert skipped == {"a, seed 0": "the budget ended"}
 
 
-def test_a_seed_that_would_not_be_finished_is_not_begun() -> None:
-    budget = Budget(60)
+def test_a_seed_that_would_not_be_finished_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
 
     def train(variant: str, seed: int) -> Run:
-        if variant == "slow":
-            time.sleep(1.0)
-            budget.deadline = time.monotonic() + 0.8
+        seconds[0] += 30 if variant == "slow" else 5
         return Run(variant, seed)
 
     skipped: dict[str, str] = {}
-    runs = [(run.variant, run.seed) for run in each(budget, 2, ["fast", "slow"], train, skipped)]
-    assert runs == [("fast", 0), ("slow", 0), ("fast", 1)]
-    assert skipped == {"slow, seed 1": "the budget left too little for it"}
+    runs = [(run.variant, run.seed, run.seconds) for run in each(Budget(60), 3, ["fast", "slow"], train, skipped)]
+    assert runs == [("fast", 0, 5), ("slow", 0, 30), ("fast", 1, 5), ("fast", 2, 5)]
+    assert skipped == {f"slow, seed {seed}": "the budget left too little for it" for seed in (1, 2)}
 
 
 def test_a_run_that_was_cut_is_not_averaged_with_whole_ones() -> None:
