@@ -16,7 +16,8 @@ class Alpha(nn.Module):
     """One module's alpha, in the form that costs least for what is asked of it. Calling it gives what ``attention(alpha=...)`` takes.
 
     - A fixed number stays a Python number: kernels for 1, 1.5 and 2 are chosen on the host.
-    - After :meth:`follow_schedule`, or with one value a head, it is a float32 tensor on the device: new values compile nothing.
+    - After :meth:`follow_schedule`, or with one value a head, it is a float32 tensor on the device: new values compile nothing. Where
+      the schedule has come to its end, eager calls get a number again, whose kernels are faster; compiled code keeps the tensor.
     - With ``learnable``, alpha = 1 + sigmoid(theta), one parameter a head (Correia et al. 2019, arXiv 1909.00015).
 
     Parameters
@@ -47,7 +48,7 @@ class Alpha(nn.Module):
         super().__init__()
         numbers = _checked(value, heads, inside=learnable)
         self.learnable = learnable
-        self.follows_schedule = False
+        self.follows_schedule = self._at_rest = False
         if learnable:
             if heads is None:
                 raise ArgumentError("A learnable alpha must know how many heads it has.", seen="heads=None")
@@ -70,7 +71,10 @@ class Alpha(nn.Module):
         """A number, or float32 () or (heads,)."""
         if self.learnable:
             return 1 + torch.sigmoid(self.theta.float())
-        if self.follows_schedule or self._per_head:
+        if self._per_head:
+            return self.value
+        # Compiled code must not look whether the value rests, or it would be compiled again when it does.
+        if self.follows_schedule and (torch.compiler.is_compiling() or not self._at_rest):
             return self.value
         return self._numbers[0]
 
@@ -85,11 +89,16 @@ class Alpha(nn.Module):
             raise ArgumentError("A schedule can only move an alpha that is not learnable.", seen="a learnable one")
         self.follows_schedule = True
 
+    def leave_schedule(self) -> None:
+        """The value is a number again, where it is one for all heads. Compiled code is compiled once more."""
+        self.follows_schedule = False
+
     @torch.no_grad()
-    def set_(self, value: float) -> None:
-        """Replace the value, of all heads, in place."""
+    def set_(self, value: float, *, at_rest: bool = False) -> None:
+        """Replace the value, of all heads, in place. ``at_rest``: no further one is expected soon."""
         if self.learnable:
             raise ArgumentError("A learnable alpha is set by its optimizer.", seen=f"set_({value})", hint="load a state dict")
+        self._at_rest = at_rest
         (number,) = _checked(value, None, inside=False)
         if self._numbers != (numbers := [number] * len(self._numbers)):
             self._numbers = numbers

@@ -21,6 +21,9 @@ class AlphaSchedule:
     ("cosine"). The values live on the device: no step compiles anything, and none waits for the device. Build it before the model
     is compiled. Learnable alphas are left alone.
 
+    Kernels for an alpha on the device serve any value and take longer than those for 1.5 or 2. Once the way is over, eager calls take
+    the latter; code that torch.compile made keeps the former until :meth:`finish`.
+
     Parameters
     ----------
     model: a module with :class:`Alpha` modules in it (all modules of ``adasplash_core.nn`` have one), or these themselves.
@@ -74,7 +77,15 @@ class AlphaSchedule:
         self.step_count = step
         value = self.alpha
         for alpha in self.alphas:
-            alpha.set_(value)
+            alpha.set_(value, at_rest=step >= self.steps)
+        return value
+
+    def finish(self) -> float:
+        """Go to the end, where each alpha is a number from now on: compiled code is compiled once more, with the kernels made for that
+        number. Returns it."""
+        value = self.set_step(max(self.steps, self.step_count))
+        for alpha in self.alphas:
+            alpha.leave_schedule()
         return value
 
     def state_dict(self) -> dict[str, Any]:

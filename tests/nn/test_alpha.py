@@ -116,7 +116,24 @@ class TestSchedule:
         assert way[0] == start
         assert way[steps:] == [end] * 3
         assert way == sorted(way, reverse=end < start)
-        torch.testing.assert_close(alpha(), torch.tensor(end, dtype=torch.float32))
+        assert alpha() == end
+        torch.testing.assert_close(alpha.current(), torch.tensor(end, dtype=torch.float32))
+
+    def test_is_a_number_again_where_it_has_come_to_its_end(self) -> None:
+        """So that eager calls take the kernels made for that number."""
+        alpha = Alpha()
+        schedule = AlphaSchedule([alpha], 2)
+        seen = [type(alpha())] + [(schedule.step(), type(alpha()))[1] for _ in range(3)]
+        assert seen == [torch.Tensor, torch.Tensor, float, float]
+        schedule.set_step(1)
+        torch.testing.assert_close(alpha(), torch.tensor(1.25))
+
+    def test_finished_early_it_lets_go(self) -> None:
+        alphas = Alpha(), Alpha([1.1, 1.2])
+        assert AlphaSchedule(alphas, 100, end=2.0).finish() == 2.0
+        assert alphas[0]() == 2.0
+        assert isinstance(alphas[0](), float)
+        torch.testing.assert_close(alphas[1](), torch.full((2,), 2.0))
 
     def test_shapes(self) -> None:
         linear, cosine = (AlphaSchedule([Alpha()], 8, shape=shape) for shape in ("linear", "cosine"))
@@ -153,7 +170,7 @@ class TestSchedule:
         second.load_state_dict(first.state_dict())
         assert second.alpha == first.alpha
         assert [second.step() for _ in range(8)] == [first.step() for _ in range(8)]
-        torch.testing.assert_close(alpha(), torch.tensor(1.9))
+        assert alpha() == 1.9
 
     def test_no_step_compiles_anything(self) -> None:
         torch._dynamo.reset()
@@ -172,6 +189,9 @@ class TestSchedule:
         assert counter.frame_count == 1
         assert not torch.equal(outputs[0], outputs[1])
         assert torch.equal(outputs[4], outputs[5])
+        schedule.finish()
+        torch.testing.assert_close(compiled(x), outputs[5])
+        assert counter.frame_count == 2
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
