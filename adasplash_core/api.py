@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,14 +18,9 @@ from adasplash_core.dropout import draw_seed
 from adasplash_core.errors import ArgumentError, ArgumentTypeError, BackendUnsupportedError, NoCapableBackendError
 from adasplash_core.masking import visible_keys
 from adasplash_core.plan import plan_for, plan_with_config
+from adasplash_core.precision import constant_while_tracing
 
 __all__ = ["AttentionStats", "attention", "entmax", "entmax15", "explain", "list_backends", "sparsemax"]
-
-
-def _constant_while_tracing(function: Callable[..., str]) -> Callable[..., str]:
-    """As ``torch.compiler.assume_constant_result``, which would import all of dynamo (and Triton) with this module."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 class AttentionStats(NamedTuple):
@@ -175,7 +170,7 @@ def _op_arguments(args: Arguments, backend: str, config: Mapping[str, Any] | Non
     )
 
 
-@_constant_while_tracing
+@constant_while_tracing
 def _plan_while_tracing(fields: tuple[Any, ...], device: torch.device, backend: str, config: Mapping[str, Any] | None) -> str:
     return plan_with_config(fields, (None, None, None), device, backend, config or {})
 
@@ -275,7 +270,7 @@ def _transform_alpha(alpha: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Te
 _transform_backends: dict[tuple[Any, ...], str] = {}
 
 
-@_constant_while_tracing
+@constant_while_tracing
 def _transform_backend(device: torch.device, dtype: torch.dtype, backend: str) -> str:
     """The name of the backend to call; after the first time one dictionary access."""
     key = (device, dtype, backend, ladder().generation)

@@ -184,8 +184,8 @@ class AttentionBackend(ABC):
     features: ClassVar[frozenset[str]] = frozenset({"backward"})  # keys of adasplash_core.spec.FEATURES
     backward_needs_out: ClassVar[bool] = False  # pass the forward's output to backward
     error_bounds: ClassVar[Mapping[str, float]] = {}
-    """Relative error (Frobenius norm) against the fp64 oracle admitted by the conformance suite and the tuner, by dtype name;
-    dtypes not named take :data:`DEFAULT_ERROR_BOUNDS`."""
+    """Relative error (Frobenius norm) against the fp64 oracle admitted by the conformance suite and the tuner, by dtype name or
+    "tf32"; those not named take :data:`DEFAULT_ERROR_BOUNDS`."""
 
     # -- can it? ------------------------------------------------------------------------------------------------------------
 
@@ -282,6 +282,7 @@ class AttentionBackend(ABC):
         return None
 
     def error_bound(self, dtype: str) -> float:
+        """``dtype``: as :attr:`AttentionSpec.arithmetic`, so "tf32", too."""
         return self.error_bounds.get(dtype, DEFAULT_ERROR_BOUNDS[dtype])
 
     def toolchain(self) -> str:
@@ -293,7 +294,13 @@ class AttentionBackend(ABC):
         return source_hash(type(self).__module__.partition(".")[0])
 
 
-DEFAULT_ERROR_BOUNDS: Mapping[str, float] = {"float64": 1e-11, "float32": 5e-6, "float16": 2e-3, "bfloat16": 1.5e-2}
+DEFAULT_ERROR_BOUNDS: Mapping[str, float] = {
+    "float64": 1e-11,
+    "float32": 5e-6,
+    "tf32": 4e-3,  # float32 where products may be rounded to 11 significant bits
+    "float16": 2e-3,
+    "bfloat16": 1.5e-2,
+}
 
 
 @cache

@@ -17,6 +17,7 @@ import torch
 from adasplash_core.alpha import FLOAT_DTYPES, check_dtype_and_device, from_number
 from adasplash_core.backend import AttentionCall, KernelConfig
 from adasplash_core.errors import ArgumentError, ArgumentTypeError
+from adasplash_core.precision import tf32_allowed
 from adasplash_core.spec import Alignment, AlphaClass, AttentionSpec, MaskKind
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -56,11 +57,11 @@ class Arguments:
 
     def static_fields(self) -> tuple[Any, ...]:
         """Everything of the spec but batch and lengths, in the order of :func:`spec_from_fields`."""
-        mask, alpha = self.attn_mask, self.alpha
+        mask, alpha, dtype, device_type = self.attn_mask, self.alpha, DTYPE_NAMES[self.query.dtype], self.query.device.type
         # index(): heads and head dims are compiled for, also where dynamic shapes made them symbolic
         return (
-            self.query.device.type,
-            DTYPE_NAMES[self.query.dtype],
+            device_type,
+            dtype,
             index(self.query.shape[1]),
             index(self.key.shape[1]),
             index(self.query.shape[3]),
@@ -82,6 +83,7 @@ class Arguments:
             self.needs_grad,
             self.deterministic,
             self.return_stats,
+            dtype == "float32" and tf32_allowed(device_type),
         )
 
     def sizes(self) -> tuple[int, int, int]:
@@ -94,7 +96,7 @@ class Arguments:
 _SPEC_FIELDS = (
     "device_type", "dtype", "heads", "kv_heads", "head_dim", "head_dim_v", "causal", "causal_alignment", "query_offset", "window",
     "kv_lengths", "kv_starts", "packed", "alibi", "mask", "mask_requires_grad", "alpha_class", "alpha_per_head", "alpha_requires_grad",
-    "dropout", "needs_grad", "deterministic", "return_stats",
+    "dropout", "needs_grad", "deterministic", "return_stats", "tf32",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from adasplash_core.backend import AttentionBackend, KernelConfig
 from adasplash_core.device import DeviceInfo
-from adasplash_core.errors import AdasplashWarning, ConfigError
+from adasplash_core.errors import AdasplashWarning, ConfigError, FrozenConfigsError
 from adasplash_core.spec import PASSES, AttentionSpec, Pass
 
 
@@ -101,6 +101,8 @@ class ConfigLadder:
         for provider in self.providers:
             try:
                 answers.append(provider.find(backend, spec, device, pass_))
+            except FrozenConfigsError:
+                raise
             except Exception as error:  # a provider is a plugin: its bug must not stop a call
                 warn_once(f"Config provider {provider.name!r} failed and is passed over: {error!r}")
         tuned = [a for a in answers if a is not None and a.rung < Rung.HEURISTIC]
@@ -113,6 +115,8 @@ class ConfigLadder:
         for provider in self.providers:
             try:
                 name = provider.fastest(backends, spec, device)
+            except FrozenConfigsError:
+                raise
             except Exception as error:  # as above
                 warn_once(f"Config provider {provider.name!r} failed and is passed over: {error!r}")
                 continue

@@ -104,6 +104,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"backend: {self.choice.backend.name} ({self.choice.why}) on {self.device.name}"]
+        if self.spec.tf32:
+            lines.append("products: may be rounded to TF32, as PyTorch's setting allows")
         for pass_, found in self.configs.items():
             values = ", ".join(f"{name}={value}" for name, value in found.config.to_dict().items())
             speed = f", {found.median_ms:.3g} ms when measured" if found.median_ms is not None else ""

@@ -129,5 +129,10 @@ class StoreError(AdasplashError, RuntimeError):
         super().__init__(self.template.format(url=url, problem=problem, mend=mend))
 
 
+class FrozenConfigsError(StoreError):
+    """``ADASPLASH_CACHE_MODE`` is ``frozen`` and what it freezes cannot be read: a call that went on with other configs would set its
+    process apart from the others of the job. A :class:`~adasplash_core.configs.ConfigProvider` may raise it; the call ends with it."""
+
+
 class AdasplashWarning(UserWarning):
     """Base of all warnings of this library; each distinct one is given once a process."""

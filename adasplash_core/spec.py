@@ -80,6 +80,12 @@ class AttentionSpec:
     needs_grad: bool = False  # a backward may follow: keep what it needs
     deterministic: bool = False
     return_stats: bool = False
+    tf32: bool = False  # float32 on NVIDIA's GPUs alone: PyTorch's setting lets products be rounded to TF32
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype's name, or "tf32" where float32 products may be: what speed and error depend on."""
+        return "tf32" if self.tf32 else self.dtype
 
     def features(self) -> Iterator[str]:
         """The keys of :data:`FEATURES` that this call needs."""

@@ -1,9 +1,9 @@
 """How far a backend's results are from the oracle's, and how far they may be.
 
 The bound is the backend's ``error_bound`` for the dtype, raised where the inputs themselves magnify rounding: the oracle is run again
-with every query and key off by one unit in the last place of the arithmetic (float32, or float64 for float64 inputs), and eight times
-the change that makes is admitted. For alpha > 1.5 the gradient jumps where a key enters the support, so rows with a key within rounding
-of its threshold get no output gradient.
+with every query and key off by one unit in the last place of the arithmetic (float32; float64 for float64 inputs; TF32 where the spec
+allows it), and eight times the change that makes is admitted. For alpha > 1.5 the gradient jumps where a key enters the support, so
+rows with a key within rounding of its threshold get no output gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from adasplash_core.backend import AttentionCall, ForwardResult, Gradients
 from adasplash_core.testing import oracle
 
+_ROUNDING = {"float64": 2.0**-52, "tf32": 2.0**-10}  # one unit in the last place of products; of others float32's
 _SLACK = 8  # admitted multiple of what one rounding of the inputs does
 _ROW_SLACK = 8  # how much worse than the whole a single row may be
 _ALPHA_SLACK = 4  # its gradient is a difference of sums over keys
@@ -64,7 +65,7 @@ class Expected:
 
     @classmethod
     def of(cls, call: AttentionCall, error_bound: float) -> Expected:
-        eps = 2.0**-52 if call.query.dtype == torch.float64 else 2.0**-23
+        eps = _ROUNDING.get(call.spec.arithmetic, 2.0**-23)
         solution = oracle.Solution(call, requires_grad=call.spec.needs_grad)
         nudged = oracle.Solution(_nudged(call, eps), requires_grad=call.spec.needs_grad)
         scores, kv_len = solution.scores, call.key.shape[2]

@@ -20,6 +20,7 @@ import torch
 
 from adasplash_core.backend import AttentionBackend
 from adasplash_core.errors import AdasplashError
+from adasplash_core.precision import tf32
 from adasplash_core.testing.behaviours import BEHAVIOURS, Behaviour
 from adasplash_core.testing.cases import CASES, Case
 from adasplash_core.testing.compare import ConformanceError, Measured
@@ -71,7 +72,7 @@ class Check:
         status: Status = "passed"
         measured, message = Measured(), ""
         try:
-            with _one_thread():
+            with _one_thread(), tf32(False):  # the dtype is checked as it is, whatever the settings are
                 measured = self._measure() or measured
             message = measured.what
         except UndeclaredError as reason:

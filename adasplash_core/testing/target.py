@@ -40,6 +40,7 @@ class Target:
 
     @property
     def error_bound(self) -> float:
+        """Of the dtype as it is: what is admitted of a call whose products may be rounded to TF32 depends on its spec."""
         return self.backend.error_bound(self.dtype)
 
     def takes(self, *features: str) -> bool:
@@ -107,7 +108,7 @@ class Target:
             return self.backend.backward(replace(call, config=config), grad_out, forward.saved, out)
 
     def expect(self, call: AttentionCall) -> Expected:
-        return Expected.of(call, self.error_bound)
+        return Expected.of(call, self.backend.error_bound(call.spec.arithmetic))
 
     def check(self, call: AttentionCall, grad_out: torch.Tensor | None = None) -> Measured:
         """Compare forward and backward with the oracle, in poisoned memory.

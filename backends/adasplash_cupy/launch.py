@@ -15,6 +15,7 @@ import torch
 from adasplash_core.backend import AttentionCall, ForwardResult, Gradients, KernelConfig
 from adasplash_core.device import device_info
 from adasplash_core.errors import AdasplashWarning, ConfigRejectedError
+from adasplash_core.programs import Programs, describe
 from adasplash_cupy.binaries import ArchitectureError
 from adasplash_cupy.configs import (
     BackwardConfig,
@@ -28,8 +29,8 @@ from adasplash_cupy.configs import (
 from adasplash_cupy.driver import DriverError
 from adasplash_cupy.instances import COLUMNS, KEYS, ROWS, SHORT_ROWS, Instance
 from adasplash_cupy.nvrtc import CompileError
-from adasplash_cupy.operands import Values, add_output, converted, describe, inputs_of, shared_values
-from adasplash_cupy.program import Address, Output, Program, Programs, Step, Table, Workspace, Zeroed
+from adasplash_cupy.operands import Values, add_output, converted, inputs_of, shared_values
+from adasplash_cupy.program import Address, Output, Program, Step, Table, Workspace, Zeroed
 from adasplash_cupy.runner import prepare
 from adasplash_cupy.tensor_maps import TensorMap, encode, reason_against, tensor_map
 
@@ -40,7 +41,7 @@ _CACHED_KEYS = 16 * 2**20  # bytes of K that stay in the L2 cache while forward_
 _CACHED_BYTES = 48 * 1024  # scores of a row that the transform keeps in shared memory
 _SAVED = ("o2", "m", "c", "blocks", "pool")
 
-_forwards, _backwards, _transforms = Programs(), Programs(), Programs()
+_forwards, _backwards, _transforms = Programs[Program](), Programs[Program](), Programs[Program]()
 
 
 def saved_shapes(sizes: tuple[int, int, int, int, int, int, int], itemsize: int, lists: bool) -> list[tuple[int, ...]]:
@@ -107,7 +108,7 @@ def transform_forward(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     return table["out"]
 
 
-def _run(programs: Programs, build: Callable[..., Program], call: AttentionCall, table: Table) -> None:
+def _run(programs: Programs[Program], build: Callable[..., Program], call: AttentionCall, table: Table) -> None:
     key = describe(call, table)
     program = programs.find(key)
     if program is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -33,25 +32,6 @@ def inputs_of(call: AttentionCall) -> Table:
         assert call.dropout_seed is not None
         table["seed"] = call.dropout_seed
     return table
-
-
-def describe(call: AttentionCall, table: Table) -> tuple[Any, ...]:
-    """Everything that decides a pass's program: two calls with equal descriptions differ in values and addresses alone.
-
-    Holds the ids of spec and config: whoever keeps a description keeps those.
-    """
-    offset = call.query_offset
-    return (
-        id(call.spec),
-        id(call.config),
-        call.scale,
-        call.dropout_p,
-        call.window,
-        None if isinstance(offset, torch.Tensor) else offset,
-        call.query.get_device(),
-        *table,
-        *[(x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in table.values()],
-    )
 
 
 def converted(table: Table) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

@@ -7,10 +7,9 @@ tensor ("q", "out", "workspace", ...) and a place in it. A call makes a table fr
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -123,22 +122,3 @@ class Program:
         if run is None:
             run = self.run = prepare(self, table, device)
         run(table)
-
-
-class Programs:
-    """A bounded cache. What is asked for is built by the caller and kept once it has run."""
-
-    def __init__(self, most: int = 1024) -> None:
-        self.most = most
-        self._lock = threading.Lock()
-        self._known: dict[Any, Program] = {}
-        self.find = self._known.get
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def keep(self, key: Any, program: Program) -> None:
-        with self._lock:
-            if len(self._known) >= self.most:  # a decode loop sees a new length each step
-                self._known.clear()
-            self._known[key] = program

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 from adasplash_core.backend import KernelConfig
@@ -83,9 +82,11 @@ def fits(spec: AttentionSpec, device: DeviceInfo) -> bool:
     return not (is_small(device) and _bytes_per_row(spec) > 512)
 
 
-def tf32_fits(head_dim: int, head_dim_v: int, device: DeviceInfo) -> bool:
-    """Whether the backward's rows fit: beside Q and dO its products need copies in the layout that TF32's operands must have."""
-    return _padded(max(head_dim, head_dim_v)) <= (64 if is_small(device) else 128)
+def precision_of(spec: AttentionSpec, device: DeviceInfo) -> Precision:
+    """How a call's products are taken: in TF32 where its spec allows it and the backward's rows fit; beside Q and dO its products need
+    copies in the layout that TF32's operands must have."""
+    fits_tf32 = spec.tf32 and _padded(max(spec.head_dim, spec.head_dim_v)) <= (64 if is_small(device) else 128)
+    return "tf32" if fits_tf32 else "ieee"
 
 
 def _bytes_per_row(spec: AttentionSpec) -> int:
@@ -107,7 +108,7 @@ def _itemsize(spec: AttentionSpec) -> int:
     return 4 if spec.dtype == "float32" else 2
 
 
-def default_forward(spec: AttentionSpec, device: DeviceInfo, precision: Precision = "ieee") -> ForwardConfig:
+def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
     """Large tiles where shared memory and registers allow, smaller for wide heads, float32 and small GPUs."""
     row = _bytes_per_row(spec)
     if row <= 128:
@@ -128,7 +129,7 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo, precision: Precisio
             list_keys=16, list_keys_on_chip=16, list_warps=8, list_stages=1,
             dense_keys=16, dense_warps=8, dense_stages=1,
         )  # fmt: skip
-    if precision == "tf32":
+    if precision_of(spec, device) == "tf32":
         config = replace(config, select_warps=8, list_warps=8, dense_warps=8, dense_keys=64 if row <= 128 else 32)
         if _before_hopper(device):
             config = replace(config, list_keys=32, list_keys_on_chip=min(config.list_keys_on_chip, 64), dense_keys=32)
@@ -147,7 +148,7 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo, precision: Precisio
     return config
 
 
-def default_backward(spec: AttentionSpec, device: DeviceInfo, precision: Precision = "ieee") -> BackwardConfig:
+def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
     """As :func:`default_forward`."""
     row = _bytes_per_row(spec)
     if row <= 128:
@@ -158,7 +159,7 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo, precision: Precisi
         config = BackwardConfig(block_d=32, block_n=32, num_stages=1, num_warps=8)
     else:
         config = BackwardConfig(block_k=16, block_d=16, block_n=16, num_stages=1, num_warps=8)
-    if precision == "tf32":
+    if precision_of(spec, device) == "tf32":
         tight = (row > 256 and _before_hopper(device)) or (row > 128 and is_small(device))
         keys = 16 if tight else config.block_d
         config = replace(config, block_k=keys, block_d=keys)
@@ -170,19 +171,6 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo, precision: Precisi
         if row >= 512:
             config = replace(config, block_k=16, block_d=16, block_n=16)
     return config
-
-
-@lru_cache(maxsize=4096)
-def for_tf32(config: KernelConfig, spec: AttentionSpec, device: DeviceInfo) -> KernelConfig:
-    """The config to multiply in TF32 with. Configs are tuned, found and remembered without regard to a setting that may change at any
-    time; so a default that was made for products without tensor cores is exchanged here, and any other stays."""
-    default = default_forward if isinstance(config, ForwardConfig) else default_backward
-    return default(spec, device, "tf32") if config == default(spec, device) else config
-
-
-def default_for_tf32(config: KernelConfig, spec: AttentionSpec, device: DeviceInfo) -> KernelConfig:
-    """TF32's default for the pass that ``config`` is for."""
-    return (default_forward if isinstance(config, ForwardConfig) else default_backward)(spec, device, "tf32")
 
 
 def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardConfig]:

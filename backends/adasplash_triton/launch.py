@@ -13,15 +13,14 @@ Arguments go by name. A new kernel argument is an entry in ``arguments`` of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from adasplash_core.backend import AttentionCall, ForwardResult, Gradients
 from adasplash_core.device import device_info
-from adasplash_core.errors import ConfigRejectedError
-from adasplash_triton.configs import LIST_ROWS, BackwardConfig, ForwardConfig, Precision, default_for_tf32, for_tf32
+from adasplash_core.programs import Programs, describe
+from adasplash_triton.configs import LIST_ROWS, BackwardConfig, ForwardConfig, Precision, precision_of
 from adasplash_triton.kernels.backward_keys import backward_keys_kernel
 from adasplash_triton.kernels.backward_rows import backward_rows_kernel
 from adasplash_triton.kernels.columns import key_max_kernel
@@ -32,16 +31,14 @@ from adasplash_triton.kernels.forward_short import forward_short_kernel
 from adasplash_triton.operands import (
     address,
     dense_rows,
-    describe,
     inputs_of,
     is_short,
     output_like,
-    precision_of,
     row_steps,
     shared_arguments,
     strides,
 )
-from adasplash_triton.program import ALIGNMENT, Output, Program, Programs, Step, Table, Workspace
+from adasplash_triton.program import ALIGNMENT, Output, Program, Step, Table, Workspace
 from adasplash_triton.runner import Address
 
 SLOTS_PER_MULTIPROCESSOR = 4
@@ -51,7 +48,7 @@ SHORT_TILE = 128
 _MOST_ENTRIES = 2**31 - 1  # positions in the pools are int32
 _PAD = ALIGNMENT // 4  # entries of 4 bytes
 
-_forwards, _backwards = Programs(), Programs()
+_forwards, _backwards = Programs[Program](), Programs[Program]()
 
 
 def forward(call: AttentionCall) -> ForwardResult:
@@ -76,28 +73,18 @@ def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.
 
 
 def _run(
-    programs: Programs, build: Callable[[AttentionCall, Table, Precision], Program], call: AttentionCall, table: Table
+    programs: Programs[Program],
+    build: Callable[[AttentionCall, Table, Precision], Program],
+    call: AttentionCall,
+    table: Table,
 ) -> None:
-    precision, device = precision_of(call), call.query.device
-    if precision == "tf32":
-        call = replace(call, config=for_tf32(call.config, call.spec, device_info(device)))
-    key = describe(call, table, precision)
+    key, device = describe(call, table), call.query.device
     program = programs.find(key)
     if program is not None:
         program(table, device)
         return
-    inputs = dict(table)
-    try:
-        program = build(call, table, precision)
-        program(table, device)
-    except ConfigRejectedError:
-        if precision == "ieee" or (config := default_for_tf32(call.config, call.spec, device_info(device))) == call.config:
-            raise
-        # Tuned for exact products, whose tiles may be larger than TF32's can be: that says nothing against the config.
-        table.clear()
-        table.update(inputs)
-        program = build(replace(call, config=config), table, precision)
-        program(table, device)
+    program = build(call, table, precision_of(call.spec, device_info(device)))
+    program(table, device)
     programs.keep(key, program)  # one whose kernels do not run is not kept
 
 

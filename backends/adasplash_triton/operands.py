@@ -8,10 +8,9 @@ import torch
 
 from adasplash_core import layout
 from adasplash_core.backend import AttentionCall
-from adasplash_core.device import DeviceInfo, device_info
 from adasplash_core.dropout import threshold
 from adasplash_core.masking import row_intervals
-from adasplash_triton.configs import LIST_ROWS, Precision, short_length, tf32_fits
+from adasplash_triton.configs import LIST_ROWS, Precision, short_length
 from adasplash_triton.program import Output, Table
 from adasplash_triton.runner import INTERPRETED, Address
 
@@ -37,38 +36,6 @@ def inputs_of(call: AttentionCall) -> Table:
     if call.dropout_seed is not None:
         table["SEED"] = call.dropout_seed
     return table
-
-
-def precision_of(call: AttentionCall, device: DeviceInfo | None = None) -> Precision:
-    """How the pass that is about to run multiplies: "tf32" where PyTorch's setting allows it for float32 and the kernels fit.
-
-    The setting read is what ``allow_tf32`` and ``set_float32_matmul_precision`` write through to, and the only one of the three that
-    can be read whichever of them was set.
-    """
-    if call.query.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32" or torch.version.hip:
-        return "ieee"
-    device = device or device_info(call.query.device)
-    return "tf32" if tf32_fits(call.query.shape[3], call.value.shape[3], device) else "ieee"
-
-
-def describe(call: AttentionCall, table: Table, precision: Precision = "ieee") -> tuple[Any, ...]:
-    """Everything that decides a pass's program: two calls with equal descriptions differ in values and addresses alone.
-
-    Holds the ids of spec and config: whoever keeps a description keeps those.
-    """
-    offset = call.query_offset
-    return (
-        id(call.spec),
-        id(call.config),
-        call.scale,
-        call.dropout_p,
-        call.window,
-        None if isinstance(offset, torch.Tensor) else offset,
-        call.query.get_device(),
-        precision,
-        *table,
-        *[(x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in table.values()],
-    )
 
 
 def shared_arguments(call: AttentionCall, table: Table, precision: Precision) -> dict[str, Any]:

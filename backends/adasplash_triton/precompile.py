@@ -22,7 +22,6 @@ from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import AttentionSpec, Pass
 from adasplash_core.testing.inputs import make_arguments
 from adasplash_triton import aot, configs, launch
-from adasplash_triton.operands import precision_of
 
 
 def precompile(spec: AttentionSpec, device: DeviceInfo, pass_: Pass, config: KernelConfig) -> CompileReport | None:
@@ -41,9 +40,7 @@ def precompile(spec: AttentionSpec, device: DeviceInfo, pass_: Pass, config: Ker
 
 def _launches(spec: AttentionSpec, device: DeviceInfo, pass_: Pass, config: KernelConfig) -> list[aot.Launch]:
     call = _call(spec, config)
-    precision = precision_of(call, device)
-    if precision == "tf32":
-        call.config = configs.for_tf32(config, spec, device)
+    precision = configs.precision_of(spec, device)
     if pass_ == "forward":
         return aot.launches_of(call, precision=precision)
     forward = replace(call, config=configs.default_forward(spec, device))

@@ -11,7 +11,6 @@ are found by what Triton specialises on, so a program for a new length compiles 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -169,22 +168,3 @@ def hooked() -> bool:
 
 def _calls(hook: Any) -> Any:
     return getattr(hook, "calls", hook)
-
-
-class Programs:
-    """A bounded cache. What is asked for is built by the caller and kept once it has run."""
-
-    def __init__(self, most: int = 1024) -> None:
-        self.most = most
-        self._lock = threading.Lock()
-        self._known: dict[Any, Program] = {}
-        self.find = self._known.get
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def keep(self, key: Any, program: Program) -> None:
-        with self._lock:
-            if len(self._known) >= self.most:  # a decode loop sees a new length each step
-                self._known.clear()
-            self._known[key] = program

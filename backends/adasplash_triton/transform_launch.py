@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from adasplash_core.backend import KernelConfig
+from adasplash_core.programs import Programs
 from adasplash_triton.kernels.transform_long import (
     transform_long_backward_kernel,
     transform_scan_kernel,
@@ -15,7 +16,7 @@ from adasplash_triton.kernels.transform_long import (
     transform_sums_kernel,
 )
 from adasplash_triton.kernels.transform_rows import transform_rows_backward_kernel, transform_rows_kernel
-from adasplash_triton.program import Output, Program, Programs, Step, Table, Workspace
+from adasplash_triton.program import Output, Program, Step, Table, Workspace
 from adasplash_triton.runner import Address
 
 MOST_ON_CHIP = 16384
@@ -92,7 +93,7 @@ class Rows(NamedTuple):
         return self.near or n <= longest // _STRIDED_ROWS
 
 
-_programs = Programs()
+_programs = Programs[Program]()
 
 
 def forward(x: torch.Tensor, alpha: torch.Tensor, alpha_class: str) -> torch.Tensor:

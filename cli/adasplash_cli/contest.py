@@ -38,6 +38,7 @@ class Problem:
     device: str = "cpu"
     causal: bool = True
     deterministic: bool = False
+    tf32: bool = False  # float32 on NVIDIA's GPUs while PyTorch lets products be rounded
     batch: int = 1
     heads: int = 8
     kv_heads: int = 8
@@ -56,7 +57,7 @@ class Problem:
         from adasplash_tuner.shapes.shape import Shape
 
         names = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "head_dim_v", "dtype", "causal")
-        return str(Shape(**{name: getattr(self, name) for name in names}, deterministic=self.deterministic))
+        return str(Shape(**{name: getattr(self, name) for name in names}, deterministic=self.deterministic, tf32=self.tf32))
 
     def build(self) -> dict[str, Any]:
         """Keyword arguments of :func:`adasplash_core.attention`; query, key and value require grad."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from adasplash_core.programs import Programs
 from adasplash_cupy import launch
-from adasplash_cupy.program import Programs
 from tests.cupy_backend import emulator
 from tests.cupy_backend.fake_machine import machine
 

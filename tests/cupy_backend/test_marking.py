@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,12 +23,13 @@ from adasplash_cupy.binaries import ArchitectureError
 from adasplash_cupy.instances import ROWS, Instance, MarkInstance
 from adasplash_cupy.program import Step
 from adasplash_cupy.tensor_maps import tensor_map
-from tests.cupy_backend import emulator
+from tests.cupy_backend import drawing, emulator
 
 BACKEND = emulator.EmulatedCupyBackend()
 SMALL = {"mark_groups": 2, "mark_stages": 2, "list_percent": 100, "least_list": 1 << 20, "keys": 16, "select_keys": 64}
 EPSILON = 3e-5  # scores this close to a threshold may fall on either side ...
 CUT_OFF = 2**-19  # ... and this close, times the threshold
+draw = partial(drawing.draw, dim=64, spread=4.0, dtype=torch.bfloat16, seed=None)
 SPLIT = {"mark_split": 2, "mark_subtract": 1, "mark_ahead": 0}
 
 pytestmark = pytest.mark.usefixtures("_lists")
@@ -41,22 +43,6 @@ class Found:
     before: torch.Tensor
     after: torch.Tensor
     margin: torch.Tensor
-
-
-def draw(
-    q_len: int,
-    kv_len: int,
-    *,
-    batch: int = 1,
-    heads: int = 1,
-    kv_heads: int = 1,
-    dim: int = 64,
-    spread: float = 4.0,
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[torch.Tensor]:
-    shapes = [(batch, heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, dim)]
-    query, key, value = (torch.randn(shape).to(dtype) for shape in shapes)
-    return [query * spread, key, value]
 
 
 def configured(call: AttentionCall, pass_: Any = "forward", **config: Any) -> AttentionCall:

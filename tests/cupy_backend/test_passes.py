@@ -17,29 +17,13 @@ from adasplash_core.testing.inputs import poisoned_memory
 from adasplash_cupy import launch, params
 from adasplash_cupy.instances import ALL_FLAGS, KERNELS, Instance
 from tests.cupy_backend import emulator
+from tests.cupy_backend.drawing import draw
 
 BACKEND = emulator.EmulatedCupyBackend()
 SMALL = {"keys": 16, "select_keys": 64, "least_list": 32, "list_percent": 95, "dense_percent": 90}
 """Tiles so small that lists of a hundred keys count as long."""
 
 pytestmark = pytest.mark.usefixtures("_lists")
-
-
-def draw(
-    q_len: int,
-    kv_len: int,
-    *,
-    batch: int = 1,
-    heads: int = 1,
-    kv_heads: int = 1,
-    dim: int = 16,
-    spread: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(batch, heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, dim)]
-    query, key, value = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    return [query * spread, key, value]
 
 
 def run(call: AttentionCall, **config: Any) -> tuple[ForwardResult, Gradients, torch.Tensor]:

@@ -19,7 +19,7 @@ from adasplash_cupy import binaries, instances, launch, nvrtc, runner, tensor_ma
 from adasplash_cupy.backend import CupyBackend
 from adasplash_cupy.configs import BackwardConfig, ForwardConfig
 from adasplash_cupy.instances import Instance, MarkInstance
-from adasplash_cupy.program import Address, Output, Program, Programs, Step, Zeroed
+from adasplash_cupy.program import Address, Output, Program, Step, Zeroed
 from adasplash_cupy.tensor_maps import tensor_map
 from tests.cupy_backend.fake_machine import (
     DEVICE,
@@ -343,14 +343,6 @@ def test_backward_hands_over_what_the_forward_kept(machine: Machine) -> None:
         assert launched.fields["dv_sum"] - launched.fields["dk_sum"] == 4 * 700 * 64
     ((address, value, words, _),) = machine.driver.filled
     assert (address, value, words) == (machine.driver.launched[0].fields["dk_sum"], 0, 700 * 128)
-
-
-def test_programs_are_bounded() -> None:
-    programs = Programs(most=3)
-    for key in range(10):
-        programs.keep(key, simple())
-        assert 0 < len(programs) <= 3
-        assert programs.find(key) is not None
 
 
 def test_outputs_are_laid_out_as_torch_would() -> None:

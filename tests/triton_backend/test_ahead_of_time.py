@@ -26,18 +26,17 @@ def launches(
     dtype: torch.dtype = torch.bfloat16,
     dim: int = 64,
     length: int = 1024,
-    precision: configs.Precision = "ieee",
+    tf32: bool = False,
     **arguments: object,
 ) -> list[aot.Launch]:
     query, key, value = (torch.zeros(1, 2, length, dim, dtype=dtype) for _ in range(3))
     call = make_call(query, key, value, **arguments)  # type: ignore[arg-type]
+    call.spec = dataclasses.replace(call.spec, tf32=tf32)
     major, minor = divmod(int(target[3:]), 10) if target.startswith("sm_") else (9, 4)
     device = DeviceInfo("cuda", target, capability=(major, minor), multiprocessors=100, shared_memory=aot.SHARED_MEMORY[target])
     chosen = [BACKEND.default_config(call.spec, device, pass_) for pass_ in ("forward", "backward")]
-    if precision == "tf32":
-        chosen = [configs.for_tf32(config, call.spec, device) for config in chosen]
     forward, backward = (dataclasses.replace(call, config=config) for config in chosen)
-    return aot.launches_of(forward, backward, precision)
+    return aot.launches_of(forward, backward, configs.precision_of(call.spec, device))
 
 
 def check(target: str, recorded: list[aot.Launch], most_stack: int | None = MOST_STACK) -> None:
@@ -84,7 +83,7 @@ def test_the_longest_short_sequences_on_a_small_gpu(dtype: torch.dtype, dim: int
 )
 def test_tf32(target: str, dim: int, length: int) -> None:
     """Within the spills of products without tensor cores; operands go in as they are, so that all passes drop the same bits."""
-    recorded = launches(target, dim=dim, length=length, dtype=torch.float32, precision="tf32", is_causal=True)
+    recorded = launches(target, dim=dim, length=length, dtype=torch.float32, tf32=True, is_causal=True)
     check(target, recorded, most_stack=608)
     for launch in recorded:
         ptx = aot.compiled(launch, target).asm["ptx"]

@@ -17,11 +17,12 @@ from adasplash_core.backend import AttentionCall
 from adasplash_core.call import make_call
 from adasplash_core.device import DeviceInfo
 from adasplash_core.errors import ConfigRejectedError
+from adasplash_core.programs import Programs
 from adasplash_triton import aot, launch, program, replay
 from adasplash_triton.backend import TritonBackend
 from adasplash_triton.configs import BackwardConfig, ForwardConfig
 from adasplash_triton.operands import inputs_of
-from adasplash_triton.program import Program, Programs, Step, Table
+from adasplash_triton.program import Step, Table
 from adasplash_triton.runner import Address, Pointer
 
 BACKEND = TritonBackend()
@@ -362,11 +363,3 @@ def test_empty_calls_launch_nothing_and_give_zeros(cuda: FakeDriver) -> None:
     assert not result.out.any()
     assert not gradients.query.any()
     assert not cuda.by_name
-
-
-def test_the_cache_of_programs_is_bounded() -> None:
-    programs = Programs(most=3)
-    for key in range(10):
-        programs.keep(key, Program(SHORT, [], []))
-        assert programs.find(key) is not None
-        assert len(programs) <= 3

@@ -15,11 +15,12 @@ from triton.runtime.jit import create_function_from_signature
 from adasplash_core.backend import KernelConfig
 from adasplash_core.call import make_call
 from adasplash_core.device import DeviceInfo
+from adasplash_core.programs import describe
 from adasplash_core.spec import AttentionSpec
 from adasplash_triton import launch
 from adasplash_triton.backend import TritonBackend
 from adasplash_triton.configs import ForwardConfig
-from adasplash_triton.operands import describe, inputs_of
+from adasplash_triton.operands import inputs_of
 from adasplash_triton.program import Program, Step, Table
 from adasplash_triton.runner import Address, Pointer
 

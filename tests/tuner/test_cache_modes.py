@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from adasplash_core.configs import ConfigLadder, FoundConfig, Rung
+from adasplash_core import attention
+from adasplash_core.configs import ConfigLadder, FoundConfig, Rung, ladder
 from adasplash_core.device import DeviceInfo
-from adasplash_core.errors import ArgumentError
+from adasplash_core.errors import ArgumentError, FrozenConfigsError
 from adasplash_core.spec import AttentionSpec
 from adasplash_tuner.key import TuningKey, tuning_key
 from adasplash_tuner.provider import TunedConfigs
@@ -25,6 +27,7 @@ from tests.tuner.fakes import H100, H200, SPEC, BlockConfig, FakeBackend, Warned
 
 ROOT = Path(__file__).parents[2]
 Setting = Callable[[str], None]
+UNREADABLE = [None, b"", b"{", b"\x00" * 100, b"[" * 100_000]
 
 
 @pytest.fixture
@@ -153,19 +156,61 @@ class TestFrozen:
         assert TunedConfigs().fastest([slow, fast], SPEC, H100) == "fast"
         assert TunedConfigs().fastest([FakeBackend("slow", code="newer"), fast], SPEC, H100) is None
 
-    def test_a_database_that_is_not_there_is_one_warning_and_stays_so(
-        self, store: TuningStore, mode: Setting, warned: Warned
+    def test_a_database_that_is_not_there_is_an_error_at_every_call(
+        self, database: Path, mode: Setting, warned: Warned
     ) -> None:
         mode("frozen")
         provider = TunedConfigs()
-        assert find(provider=provider).rung is Rung.HEURISTIC
-        assert "does not exist, and ADASPLASH_CACHE_MODE is 'frozen'" in warned.the_only_one()
-        mode("readwrite")
-        store.publish(record())
+        for spec in (SPEC, SPEC, replace(SPEC, q_len=64)):
+            with pytest.raises(FrozenConfigsError) as caught:
+                find(spec=spec, provider=provider)
+            for words in (str(database), "does not exist, while ADASPLASH_CACHE_MODE is 'frozen'", "Hint: check ADASPLASH_DB"):
+                assert words in str(caught.value)
+        with pytest.raises(FrozenConfigsError):
+            ConfigLadder([provider]).fastest([FakeBackend("a"), FakeBackend("b")], SPEC, H100)
+        assert warned == []
+
+    def test_the_first_that_can_be_read_is_the_frozen_one(self, store: TuningStore, key: TuningKey, mode: Setting) -> None:
         mode("frozen")
-        other_length = replace(SPEC, q_len=8000, kv_len=8000)
-        assert find(spec=other_length, provider=provider).rung is Rung.HEURISTIC
-        warned.the_only_one()
+        provider = TunedConfigs()
+        with pytest.raises(FrozenConfigsError):
+            find(provider=provider)
+        mode("readwrite")
+        store.publish(record(key, 256))
+        mode("frozen")
+        assert find(provider=provider).config == BlockConfig(256, 8)
+
+    @pytest.mark.parametrize("content", [b"", b"nonsense" * 1000])
+    def test_a_file_that_is_no_database_is_an_error(self, database: Path, mode: Setting, content: bytes) -> None:
+        database.parent.mkdir()
+        database.write_bytes(content)
+        mode("frozen")
+        with pytest.raises(FrozenConfigsError, match="while ADASPLASH_CACHE_MODE is 'frozen'"):
+            find()
+
+    @pytest.mark.parametrize("where", ["mysql://host/x", "postgresql://127.0.0.1:1/nobody"])
+    def test_a_server_that_cannot_be_asked_is_an_error(self, mode: Setting, where: str) -> None:
+        mode("frozen")
+        with pytest.raises(FrozenConfigsError, match="while ADASPLASH_CACHE_MODE is 'frozen'"):
+            find(provider=TunedConfigs(where))
+
+    def test_a_call_ends_with_the_error_before_anything_runs(self, database: Path, mode: Setting) -> None:
+        """With a backend named or chosen; a config of the call's own needs no look-up."""
+        mode("frozen")
+        x = torch.randn(1, 1, 8, 4)
+        ladder().clear()
+        for provider in ladder().providers:
+            provider.clear()  # type: ignore[attr-defined]
+        try:
+            for backend in ("torch", "auto"):
+                with pytest.raises(FrozenConfigsError, match="does not exist"):
+                    attention(x, x, x, backend=backend)
+            assert attention(x, x, x, backend="torch", config={"forward": {}}).shape == x.shape  # type: ignore[union-attr]
+        finally:
+            mode("readwrite")
+            ladder().clear()
+            for provider in ladder().providers:
+                provider.clear()  # type: ignore[attr-defined]
 
     def test_a_config_that_does_not_run_is_not_marked(self, store: TuningStore, mode: Setting, warned: Warned) -> None:
         store.publish(record(block_n=256))
@@ -204,8 +249,19 @@ class TestSnapshotFile:
         other = replace(SPEC, kv_len=1024, causal_alignment="bottom_right")
         assert find(spec=other, provider=TunedConfigs(str(path))).config == BlockConfig(16, 8)
 
-    @pytest.mark.parametrize("content", [None, b"", b"{", b"\x00" * 100, b"[" * 100_000])
-    def test_one_that_cannot_be_read_is_one_warning(self, tmp_path: Path, warned: Warned, content: bytes | None) -> None:
+    @pytest.mark.parametrize("content", UNREADABLE)
+    def test_one_that_cannot_be_read_is_an_error_where_it_is_frozen(
+        self, tmp_path: Path, mode: Setting, content: bytes | None
+    ) -> None:
+        path = tmp_path / "s.json"
+        if content is not None:
+            path.write_bytes(content)
+        mode("frozen")
+        with pytest.raises(FrozenConfigsError, match=r"s\.json cannot be read as a snapshot .*, while ADASPLASH_CACHE_MODE is"):
+            find(provider=TunedConfigs(str(path)))
+
+    @pytest.mark.parametrize("content", UNREADABLE)
+    def test_one_that_cannot_be_read_is_else_one_warning(self, tmp_path: Path, warned: Warned, content: bytes | None) -> None:
         path = tmp_path / "s.json"
         if content is not None:
             path.write_bytes(content)
@@ -229,6 +285,15 @@ sys.stdin.readline()  # the database is changed now
 print(ask(replace(SPEC, q_len=1024, kv_len=1024)), ladder.providers[0].fastest([FakeBackend("a"), FakeBackend("b")], SPEC, H100))
 print("sqlalchemy" in sys.modules)
 """
+
+
+def test_a_rank_that_finds_no_snapshot_ends_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADASPLASH_DB", str(tmp_path / "job.json"))
+    monkeypatch.setenv(MODE_VARIABLE, "frozen")
+    done = subprocess.run([sys.executable, "-c", RANK], cwd=ROOT, text=True, stdin=subprocess.DEVNULL, capture_output=True)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert f"FrozenConfigsError: The tuning database {tmp_path / 'job.json'} cannot be read as a snapshot" in done.stderr
 
 
 def test_the_ranks_of_a_job_agree_on_a_snapshot_while_another_job_tunes(

@@ -14,7 +14,7 @@ from adasplash_core.call import make_call
 from adasplash_core.device import DeviceInfo
 from adasplash_core.spec import AttentionSpec
 from adasplash_tuner.key import KEY_FIELDS, TuningKey, bucket, key_bucket, nearest, query_bucket, space_version, tuning_key
-from adasplash_tuner.shapes.shape import Shape
+from adasplash_tuner.shapes.shape import Shape, describe
 from adasplash_tuner.storage.models import KEYS
 from adasplash_tuner.storage.records import Row
 from tests.tuner.fakes import A100, H100, SPEC, BlockConfig, FakeBackend, record
@@ -60,6 +60,8 @@ def test_keys_that_no_row_can_see_do_not_count() -> None:
     "change",
     [
         {"dtype": "float16"},
+        {"dtype": "float32"},
+        {"dtype": "float32", "tf32": True},
         {"head_dim": 64},
         {"head_dim_v": 64},
         {"causal": False},
@@ -90,6 +92,25 @@ def test_what_changes_the_work_changes_the_key(change: dict[str, object]) -> Non
 )
 def test_what_hardly_changes_the_work_does_not(change: dict[str, object]) -> None:
     assert key_of(replace(SPEC, **change)) == key_of()
+
+
+def test_tf32_is_a_dtype_of_its_own() -> None:
+    exact = replace(SPEC, dtype="float32")
+    rounded = replace(exact, tf32=True)
+    assert key_of(rounded).differences(key_of(exact)) == {"dtype": ("tf32", "float32")}
+    assert "fake forward: tf32 D=128" in key_of(rounded).readable()
+
+
+@pytest.mark.parametrize("word", ["tf32", "fp32,tf32", "bf16,tf32"])
+def test_a_shape_may_be_of_tf32(word: str) -> None:
+    shape = Shape.parse(f"B=1,H=32,Hkv=8,L=8192,D=128,{word},causal")
+    assert (shape.dtype, shape.tf32) == ("float32", True)
+    assert str(shape) == "B=1,H=32,Hkv=8,L=8192,D=128,tf32,causal"
+    assert Shape.parse(str(shape)) == shape
+    spec = shape.spec("cuda", needs_grad=False)
+    assert spec == replace(SPEC, dtype="float32", tf32=True)
+    assert describe(spec) == str(shape)
+    assert not Shape.parse("H=1,L=8,D=8,tf32,fp32").tf32
 
 
 def test_the_machine_and_the_code_are_in_the_key() -> None:

@@ -61,6 +61,13 @@ def test_nothing_to_tune_is_an_error_only_where_nobody_else_has_work() -> None:
     assert planned(Request(shapes=(), backends=("triton",), passes=("forward",), part=(1, 2))) == []
 
 
+def test_tf32_is_planned_for_nvidias_gpus_alone() -> None:
+    request = Request(shapes=(Shape.parse("H=1,L=64,D=8,tf32"), Shape.parse("H=1,L=64,D=8,fp32")), device="cuda:0")
+    assert [p.spec.arithmetic for p in problems_of(request, H100)] == ["tf32", "float32"]
+    with pytest.raises(ArgumentError, match="TF32 is of NVIDIA's GPUs.*Hint: write fp32"):
+        problems_of(request, device_info("cpu"))
+
+
 def test_inputs_of_every_class_are_measured_and_told_apart_from_those_with_a_warm_cache() -> None:
     cold, warm = (problems_of(Request(device="cuda:0", cold_l2=cold), H100)[0] for cold in (True, False))
     assert (cold.inputs, cold.input_count) == ("random, dense+moderate+sparse", 3)

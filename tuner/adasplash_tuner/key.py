@@ -47,7 +47,7 @@ class TuningKey:
 
     backend: str
     pass_: str
-    dtype: str
+    dtype: str  # as AttentionSpec.arithmetic: "tf32" is float32 whose products may be rounded
     head_dim: int
     head_dim_v: int
     q_bucket: int
@@ -182,7 +182,7 @@ def tuning_key(backend: AttentionBackend, spec: AttentionSpec, device: DeviceInf
     return TuningKey(
         backend=backend.name,
         pass_=pass_,
-        dtype=spec.dtype,
+        dtype=spec.arithmetic,
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
         q_bucket=query_bucket(spec.q_len),

@@ -1,7 +1,8 @@
 """The ConfigProvider: answers the core's look-ups from the user's database and from the configs shipped with the package.
 
 The first look-up of a bucket asks the database, later ones a dictionary. A database that cannot be used costs one warning, never a
-call. SQLAlchemy is imported for PostgreSQL and to write: Python's own driver looks up in a SQLite file.
+call; only where ``ADASPLASH_CACHE_MODE`` is ``frozen`` is it an error, because other processes count on it. SQLAlchemy is imported for
+PostgreSQL and to write: Python's own driver looks up in a SQLite file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from adasplash_core.configs import FoundConfig, Rung, warn_once
-from adasplash_core.errors import ArgumentError, ConfigError, StoreError
+from adasplash_core.errors import ArgumentError, ConfigError, FrozenConfigsError, StoreError
 from adasplash_core.spec import PASSES
 from adasplash_tuner.key import (
     CODE_FIELDS,
@@ -26,7 +27,7 @@ from adasplash_tuner.key import (
     alpha_classes,
     tuning_key,
 )
-from adasplash_tuner.storage.location import MODE_VARIABLE, CacheMode, cache_mode, locate
+from adasplash_tuner.storage.location import DATABASE_VARIABLE, MODE_VARIABLE, CacheMode, cache_mode, locate
 from adasplash_tuner.storage.records import BestConfig, Row, config_text
 from adasplash_tuner.storage.snapshot import Snapshot, shipped
 from adasplash_tuner.storage.sqlite_file import SqliteLookup
@@ -239,11 +240,13 @@ class TunedConfigs:
             return Snapshot.load(location)
         if not location.exists():
             if frozen:
-                raise StoreError(str(location), f"does not exist, and {MODE_VARIABLE} is 'frozen'", "Make it, or unset that.")
+                raise StoreError(str(location), "does not exist", "Make it with `adasplash cache export`.")
             return None
         if location.path is not None:
             lookup = SqliteLookup(location, LOOKUP_TIMEOUT_S)
             if (schema := lookup.schema()) is None:
+                if frozen:
+                    raise StoreError(str(location), "holds no tables yet", "Tune first, or import into it.")
                 return None
             if not schema.is_older:
                 schema.require_readable(location)
@@ -281,11 +284,23 @@ class TunedConfigs:
     def _guarded(self, ask: Callable[[], T], otherwise: T) -> T:
         try:
             return ask()
-        except (StoreError, ArgumentError) as error:
-            # A frozen source that failed is not asked again: its answers must not change while the process lives.
-            self._failed_at = float("inf") if self._mode is CacheMode.FROZEN else time.monotonic()
+        except Exception as error:
+            if self._mode is CacheMode.FROZEN:
+                raise _refusal(error) from error
+            if not isinstance(error, (StoreError, ArgumentError)):
+                raise
+            self._failed_at = time.monotonic()
             warn_once(f"{error} Until then attention uses each backend's default configs.")
             return otherwise
+
+
+def _refusal(error: Exception) -> FrozenConfigsError:
+    """What went wrong, and why it ends the call."""
+    reason = f"while {MODE_VARIABLE} is 'frozen': no process of a job may go on with configs of its own"
+    hint = f"Hint: check {DATABASE_VARIABLE} on this machine, or unset {MODE_VARIABLE}."
+    if isinstance(error, StoreError):
+        return FrozenConfigsError(error.url, f"{error.problem}, {reason}", f"{error.mend} {hint}")
+    return FrozenConfigsError(f"that {DATABASE_VARIABLE} names", f"cannot be read ({error}), {reason}", hint)
 
 
 def _named(source: Source) -> str:

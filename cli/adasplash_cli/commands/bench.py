@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,7 @@ def command(
     """
     from adasplash_cli.contest import DEFAULT_CONFIG, DENSE, SOFTMAX
     from adasplash_core.plugins import registry
+    from adasplash_core.precision import tf32
 
     device, facts = find_device(device)
     if workload is not None:
@@ -89,9 +91,10 @@ def command(
 
     reports = []
     for problem in problems:
-        results = _measure(problem, contenders, alpha, not forward_only, rounds, patience, memory=not no_memory)
-        measured = [r.contender for r in results if not r.reason and r.contender in names]
-        density = _density(problem, alpha, measured[0]) if measured else None
+        with tf32(True) if problem.tf32 else contextlib.nullcontext():
+            results = _measure(problem, contenders, alpha, not forward_only, rounds, patience, memory=not no_memory)
+            measured = [r.contender for r in results if not r.reason and r.contender in names]
+            density = _density(problem, alpha, measured[0]) if measured else None
         reports.append({"problem": problem.label, "density": density, "results": [r.as_dict() for r in results]})
         if not as_json:
             _print(problem, density, results, alpha, backward=not forward_only, memory=not no_memory)
@@ -111,16 +114,20 @@ def _backend_names() -> list[str]:
 
 
 def _random(text: str, dtype: str, device: str, sharpness: float) -> Problem:
+    import torch
+
     from adasplash_cli.contest import Problem
+    from adasplash_core.precision import knows_tf32
     from adasplash_tuner.shapes.shape import Shape
 
     shape = Shape.parse(text, default_dtype=dtype)
     if shape.alpha_class != "1.5":
         raise click.BadParameter(f"{text!r}: alpha is given by --alpha", param_hint="--shapes")
     sizes = {name: getattr(shape, name) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "head_dim_v")}
-    return Problem(
-        dtype=shape.dtype, device=device, causal=shape.causal, deterministic=shape.deterministic, sharpness=sharpness, **sizes
-    )
+    if shape.tf32 and not knows_tf32(torch.device(device).type):
+        raise click.BadParameter(f"{text!r}: TF32 is of NVIDIA's GPUs, not of {device}", param_hint="--shapes")
+    flags = {name: getattr(shape, name) for name in ("dtype", "causal", "deterministic", "tf32")}
+    return Problem(device=device, sharpness=sharpness, **flags, **sizes)
 
 
 def _captured(path: str, layers: str | None, dtype: str | None, device: str) -> list[Problem]:

@@ -35,7 +35,13 @@ def _alpha_class(context: click.Context, parameter: click.Parameter, value: str)
 @click.option("--head-dim", type=click.IntRange(1), required=True, help="Of query and key.")
 @click.option("--head-dim-v", type=click.IntRange(1), help="Of value.  [as --head-dim]")
 @click.option("--batch", type=click.IntRange(0), default=1, show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice((*DTYPES, "tf32")),
+    default="float32",
+    show_default=True,
+    help="tf32: float32 where PyTorch lets products be rounded to TF32.",
+)
 @click.option("--causal", is_flag=True, help="is_causal=True.")
 @click.option("--causal-alignment", type=click.Choice(get_args(Alignment)), default="top_left", show_default=True)
 @click.option("--alpha", callback=_alpha_class, default="1.5", show_default=True, metavar="NUMBER|tensor", help="From 1 to 2.")
@@ -99,11 +105,14 @@ def command(
         raise click.UsageError("--mask-grad needs --mask additive.")
 
     from adasplash_core.dispatch import explain_spec
+    from adasplash_core.precision import knows_tf32
 
     _, facts = find_device(device)
+    if dtype == "tf32" and not knows_tf32(facts.type):
+        raise click.BadParameter(f"TF32 is of NVIDIA's GPUs, not of {facts.name}", param_hint="--dtype")
     spec = AttentionSpec(
         device_type=facts.type,
-        dtype=dtype,
+        dtype="float32" if dtype == "tf32" else dtype,
         heads=heads,
         kv_heads=kv_heads or heads,
         head_dim=head_dim,
@@ -128,6 +137,7 @@ def command(
         needs_grad=backward,
         deterministic=deterministic,
         return_stats=stats,
+        tf32=dtype == "tf32",
     )
     explanation = explain_spec(spec, facts, backend)
     if as_json:

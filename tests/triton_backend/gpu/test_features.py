@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from adasplash_core import attention
 from adasplash_core.call import make_call
+from adasplash_core.precision import tf32
 from adasplash_core.testing import oracle
 from tests.triton_backend.gpu.machine import COMPILER, DEVICE, DTYPES, ON_GPU, draw, error, leaves, size
-from tests.triton_backend.precision import tf32
 
 N = size(2048, 70)
 entmax_attention = partial(attention, is_causal=True, backend="triton")
@@ -203,11 +203,23 @@ def test_tf32_is_used_only_where_it_is_allowed(path: str, length: int, spread: f
     for allowed in (False, True, False):
         with tf32(allowed):
             out = entmax_attention(*inputs)
+        with tf32(not allowed):  # a backward is as its forward was
             results = (out, *torch.autograd.grad(out, inputs, grad_out))
         for name, one, want, least, most in zip(("O", "dQ", "dK", "dV"), results, wanted, exact, rounded, strict=True):
             seen = error(one, want)
             assert seen <= (most if allowed else least), (path, name, allowed, seen)
             assert not (allowed and ON_GPU) or seen > least, (path, name, seen)
+
+
+@needs_gpu
+def test_compiled_code_follows_the_setting_for_tf32() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: entmax_attention(q, k, v), fullgraph=True)
+    inputs = draw(1, 2, 512, 64, dtype=torch.float32)
+    want = oracle.attention(make_call(*inputs, is_causal=True)).out
+    for allowed in (False, True, False):
+        with tf32(allowed):
+            assert (error(compiled(*inputs), want) > 5e-6) is allowed
 
 
 @needs_gpu

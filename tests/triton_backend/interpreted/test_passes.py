@@ -16,7 +16,6 @@ from adasplash_core.testing import oracle
 from adasplash_triton import operands
 from adasplash_triton.backend import TritonBackend
 from adasplash_triton.configs import LIST_ROWS
-from tests.triton_backend.precision import tf32
 
 BACKEND = TritonBackend()
 SMALL = {
@@ -194,8 +193,8 @@ def test_with_tf32_allowed_every_path_is_right(path: str) -> None:
     """The interpreter multiplies exactly all the same: what is left are TF32's wider margins and other tiles."""
     kept = {"lists": 4.0, "dense": 0.1, "short_sequences": 1.0}
     call = make_call(*draw(64, 300, spread=kept[path]), return_stats=True)
-    with tf32():
-        found = check(call, **({} if path == "short_sequences" else SMALL))
+    call.spec = dataclasses.replace(call.spec, tf32=True)
+    found = check(call, **({} if path == "short_sequences" else SMALL))
     if path != "short_sequences":
         assert bool((lengths(found) >= 0).all()) == (path == "lists")
 

@@ -13,6 +13,7 @@ import torch
 
 from adasplash_core.backend import AttentionBackend, AttentionCall, ForwardResult, Gradients, KernelConfig
 from adasplash_core.device import DeviceInfo
+from adasplash_core.precision import as_in
 from adasplash_core.spec import Pass
 from adasplash_core.testing import oracle
 from adasplash_tuner.measure.clocks import CpuTimer, Sampler, Timer, timer_for
@@ -65,17 +66,18 @@ class Bench:
 
     def __init__(self, backend: AttentionBackend, device: DeviceInfo, pass_: Pass, cases: Sequence[Case], timer: Timer) -> None:
         self.backend, self.device, self.pass_, self.timer = backend, device, pass_, timer
-        spec = cases[0].call.spec
-        self.default = backend.default_config(spec, device, pass_)
+        self.spec = cases[0].call.spec
+        self.default = backend.default_config(self.spec, device, pass_)
         kind = _ForwardCase if pass_ == "forward" else _BackwardCase
-        self.cases: list[_MeasuredCase] = [kind(backend, device, case) for case in cases]
+        with as_in(self.spec):
+            self.cases: list[_MeasuredCase] = [kind(backend, device, case) for case in cases]
         self.labels = tuple(case.label for case in cases)
         self._samplers: OrderedDict[KernelConfig, list[Sampler]] = OrderedDict()
 
     def check(self, config: KernelConfig) -> tuple[float, float]:
         """Run once on every input: the largest relative error against the oracle, and the milliseconds of all runs."""
         error, elapsed = 0.0, 0.0
-        with torch.no_grad():
+        with torch.no_grad(), as_in(self.spec):
             for case in self.cases:
                 start = time.perf_counter()
                 result = case.run(config)
@@ -88,7 +90,7 @@ class Bench:
 
     def time(self, config: KernelConfig) -> list[float]:
         """One sample in milliseconds for each input, of a config that was checked."""
-        with torch.no_grad():
+        with torch.no_grad(), as_in(self.spec):
             samplers = self._samplers.get(config)
             if samplers is None:
                 samplers = [self.timer.prepare(lambda case=case: case.run(config)) for case in self.cases]  # type: ignore[misc]
@@ -108,7 +110,7 @@ class Bench:
         return isinstance(failure, torch.AcceleratorError)
 
     def error_bound(self) -> float:
-        return self.backend.error_bound(self.cases[0].call.spec.dtype)
+        return self.backend.error_bound(self.spec.arithmetic)
 
 
 class _ForwardCase:

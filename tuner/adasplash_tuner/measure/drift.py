@@ -16,6 +16,7 @@ import torch
 from adasplash_core.call import make_call
 from adasplash_core.configs import parse_explicit
 from adasplash_core.errors import ArgumentError
+from adasplash_core.precision import tf32
 from adasplash_core.testing import inputs
 from adasplash_core.workload import Workload
 from adasplash_tuner.key import is_of_machine
@@ -154,4 +155,5 @@ def _cases(record: BestConfig, target: torch.device, workload: str | None) -> li
     if digest != match[2]:
         raise ArgumentError("--workload must be the file it was measured on.", seen=f"{digest} instead of {match[2]}")
     layers = [file.layer(int(number)).to(target) for number in match[3].split(",")]
-    return [Case(f"layer {layer.index}", make_call(**layer.kwargs(), needs_grad=needs_grad)) for layer in layers]
+    with tf32(record.key.dtype == "tf32"):
+        return [Case(f"layer {layer.index}", make_call(**layer.kwargs(), needs_grad=needs_grad)) for layer in layers]

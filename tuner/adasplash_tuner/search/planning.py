@@ -164,11 +164,15 @@ def cost_model(request: Request, device: DeviceInfo) -> CostModel:
 
 def problems_of(request: Request, device: DeviceInfo) -> list[Problem]:
     """What the request names, or the profile's shapes."""
+    from adasplash_core.precision import knows_tf32
+
     effort = profile(device.type, request.profile)
     needs_grad = "backward" in request.passes
     shapes = request.shapes
     if not shapes and request.workload is None:
         shapes = tuple(map(Shape.parse, effort.shapes))
+    if any(s.tf32 for s in shapes) and not knows_tf32(device.type):
+        raise ArgumentError("TF32 is of NVIDIA's GPUs.", seen=f"tf32 in a shape to tune for {device.name}", hint="write fp32")
     warm = "" if request.cold_l2 or device.type == "cpu" else ", warm L2"
     label = f"random, {'+'.join(effort.sparsities)}{warm}"
     problems = [Problem(s.spec(device.type, needs_grad), str(s), label, sparsities=effort.sparsities) for s in shapes]

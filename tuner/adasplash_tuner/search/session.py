@@ -192,7 +192,7 @@ class _Run:
             candidates=len(planning.space),
             measured=0,
             left=planning.left,
-            error_bound=planning.backend.error_bound(planning.problem.spec.dtype),
+            error_bound=planning.backend.error_bound(planning.problem.spec.arithmetic),
             measurements=tuple(known),
         )
         return Finished(index, planning.label, outcome, left_s=max(left, 0.0))
@@ -201,7 +201,7 @@ class _Run:
         problem, backend = planning.problem, planning.backend
         step(Progress("preparing", 0, len(planning.space)))
         default = planning.space[0]
-        bench = _LazyBench(lambda: self.inputs.bench(planning), default, backend.error_bound(problem.spec.dtype))
+        bench = _LazyBench(lambda: self.inputs.bench(planning), default, backend.error_bound(problem.spec.arithmetic))
         with contextlib.closing(self._preparation(planning)) as preparation:
             search = Search(
                 key=planning.key,
@@ -281,9 +281,12 @@ class _Inputs:
         return Bench(planning.backend, self.device, planning.pass_, cases, timer_for(target, self.request.cold_l2))
 
     def cases(self, problem: Problem) -> list[Case]:
+        from adasplash_core.precision import as_in
+
         if self._problem is not problem:
             self._problem, self._cases = None, []  # the old ones go first: both might not fit
-            self._cases = list(_cases(self.request, problem))
+            with as_in(problem.spec):
+                self._cases = list(_cases(self.request, problem))
             self._problem = problem
         return self._cases
 
@@ -291,12 +294,13 @@ class _Inputs:
         """Seconds of one forward of the default on every input; 0 if it fails, which its search will report."""
         import torch
 
+        from adasplash_core.precision import as_in
         from adasplash_tuner.measure.bench import timer_for
 
         problem, backend = planning.problem, planning.backend
         try:
             call = replace(self.cases(problem)[0].call, config=backend.default_config(problem.spec, self.device, "forward"))
-            with torch.no_grad():
+            with torch.no_grad(), as_in(problem.spec):
                 backend.forward(call)
                 timer = timer_for(torch.device(self.request.device), self.request.cold_l2)
                 return timer.time_ms(lambda: backend.forward(call)) / 1e3 * problem.input_count

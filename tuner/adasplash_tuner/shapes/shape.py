@@ -46,12 +46,14 @@ class Shape:
     causal: bool = False
     alpha_class: AlphaClass = "1.5"
     deterministic: bool = False
+    tf32: bool = False  # float32 whose products may be rounded
 
     @classmethod
     def parse(cls, text: str, default_dtype: str = "float32") -> Shape:
         """From ``B=1,H=32,Hkv=8,L=8192,D=128,bf16,causal``.
 
-        B and Hkv may be left out (1, and H); Lq and Lk stand for L where they differ, Dv where it differs from D;
+        B and Hkv may be left out (1, and H); Lq and Lk stand for L where they differ, Dv where it differs from D; ``tf32`` in place of
+        a dtype is float32 while PyTorch lets products be rounded to TF32;
         ``alpha=1|1.5|2|other|any`` and ``deterministic`` may be added.
 
         Raises
@@ -59,7 +61,7 @@ class Shape:
         ArgumentError: for anything else.
         """
         sizes: dict[str, int] = {}
-        dtype, causal, deterministic, alpha = default_dtype, False, False, "1.5"
+        dtype, tf32, causal, deterministic, alpha = default_dtype, False, False, False, "1.5"
         for word in filter(None, (w.strip() for w in text.split(","))):
             name, equals, value = word.partition("=")
             if equals and name in _SIZES:
@@ -71,7 +73,9 @@ class Shape:
             elif word == "deterministic":
                 deterministic = True
             elif (known := DTYPES.get(word, word)) in DTYPES.values():
-                dtype = known
+                dtype, tf32 = known, False
+            elif word == "tf32":
+                dtype, tf32 = "float32", True
             else:
                 raise _wrong(text, f"{word!r} is not known")
         if alpha not in get_args(AlphaClass):
@@ -99,6 +103,7 @@ class Shape:
             causal=causal,
             alpha_class=alpha,  # type: ignore[arg-type]  # checked above
             deterministic=deterministic,
+            tf32=tf32,
         )
 
     def __str__(self) -> str:
@@ -106,7 +111,11 @@ class Shape:
         words += [f"Hkv={self.kv_heads}"] * (self.kv_heads != self.heads)
         words += [f"L={self.q_len}"] if self.q_len == self.kv_len else [f"Lq={self.q_len}", f"Lk={self.kv_len}"]
         words += [f"D={self.head_dim}"] + [f"Dv={self.head_dim_v}"] * (self.head_dim_v != self.head_dim)
-        words += [self.dtype] + ["causal"] * self.causal + [f"alpha={self.alpha_class}"] * (self.alpha_class != "1.5")
+        words += (
+            ["tf32" if self.tf32 else self.dtype]
+            + ["causal"] * self.causal
+            + [f"alpha={self.alpha_class}"] * (self.alpha_class != "1.5")
+        )
         return ",".join(words + ["deterministic"] * self.deterministic)
 
     def spec(self, device_type: str, needs_grad: bool) -> AttentionSpec:
@@ -126,6 +135,7 @@ class Shape:
             alpha_class=self.alpha_class,
             deterministic=self.deterministic,
             needs_grad=needs_grad,
+            tf32=self.tf32,
         )
 
 
@@ -136,7 +146,7 @@ def describe(spec: AttentionSpec) -> str:
     assert spec.kv_len is not None
     shape = Shape(
         spec.batch, spec.heads, spec.kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v, spec.dtype, spec.causal,
-        spec.alpha_class, spec.deterministic,
+        spec.alpha_class, spec.deterministic, spec.tf32,
     )  # fmt: skip
     shown = {"causal", "gqa", "deterministic", "backward", "unequal_head_dims", "softmax", "alpha_other"}
     return ",".join([str(shape), *(f for f in spec.features() if f not in shown)])
