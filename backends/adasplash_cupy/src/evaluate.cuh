@@ -3,6 +3,38 @@
 
 inline constexpr int MAX_STEPS = 40;  // Newton's steps converge quadratically, 12 were the most seen: this only ends loops
 
+// A row's way to its threshold, and when it may end: where the last look found |sum p - 1| <= tol, after one more step; and for alpha = 1.5
+// also where no further look is needed to know that it will be. There, f = sum a^2 falls with tau by 2 s, s = sum a, and s by n, the number
+// of keys above tau. So after a step of d
+//
+//     f - 2 s d  <=  f_after  <=  f - 2 s d + n d^2,     n: at tau where d >= 0, else at most all keys that the row sees
+//
+// and since s is convex, n is at most (s_before - s) / rise where tau rose by `rise` to where it is.
+struct Course {
+    float c_before = 0.f, s_before = INFINITE;  // of the look before; at first such that they bound nothing
+
+    // Takes the step from a look's f and s; returns whether another look is needed. `keys`: at least as many as the row sees. `ahead`: in place
+    // of tol for what is not looked at.
+    template <class E>
+    DEVICE bool step(const E& entmax, float m, float& c, float f, float s, float keys, float tol, float ahead) {
+        float next = entmax.newton(c, f, s), rise = c_before - c, d = c - next;
+        bool more = s > 0.f && fabsf(f - 1.f) > tol;
+        if (entmax.is(SQUARE)) {
+            // Of a smaller rise rounding would tell: of c - m, or of the two sums. Above it, 1 % is more than that.
+            if (d >= 0.f && rise > 1e-4f * fmaxf(1.f, fabsf(m))) keys = fminf(keys, 1.01f * (s_before - s) / rise);
+            float least = f - 1.f - 2.f * s * d, off = fmaxf(fabsf(least), fabsf(least + keys * d * d));
+            // The second bounds the sum of |error| over the normalised u, which the gradients are made of.
+            more = more && !(2.f * off <= ahead && keys * off <= 2.f * ahead * s * s);
+            c_before = c, s_before = s;
+        }
+        c = next;
+        return more;
+    }
+};
+
+// The tolerance where the sums after a step are known without a look. Statistics hold tau to the last bits: then every row is looked at.
+DEVICE float tolerance_ahead(const Params& p) { return p.tau == nullptr ? p.tol : 0.f; }
+
 // Where SUMS, f and s, and where COUNT, in `top` the number of entries above the threshold; else, in `top`, the max.
 template <bool SUMS, bool COUNT, class S, class Shared, class Keys>
 DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, const Point (&at)[2], float (&f)[2], float (&s)[2],
@@ -47,9 +79,11 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
     for (int r = 0; r < 2; ++r) f[r] = row_sum(f[r]), s[r] = row_sum(s[r]), top[r] = SUMS ? row_sum(top[r]) : row_max(top[r]);
 }
 
-// c to a residual |sum p - 1| of at most tol, after which one more step is taken. Any reference serves as m.
+// c to a residual |sum p - 1| of at most tol, see Course. Any reference serves as m.
 template <class S, class Shared, class Keys>
 DEVICE void solve(const Block<S>& x, const Shared& shared, const Keys& keys, const float (&m)[2], float (&c)[2]) {
+    Course course[2];
+    float ahead = tolerance_ahead(x.p);
     for (int step = 0; step < MAX_STEPS; ++step) {
         Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
         float f[2], s[2], top[2];
@@ -57,8 +91,9 @@ DEVICE void solve(const Block<S>& x, const Shared& shared, const Keys& keys, con
         bool more = false;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            more = more || (x.some(r) && s[r] > 0.f && fabsf(f[r] - 1.f) > x.p.tol);
-            c[r] = x.entmax.newton(c[r], f[r], s[r]);
+            int most = x.hi[r] - x.lo[r] < keys.most() ? x.hi[r] - x.lo[r] : keys.most();
+            bool again = course[r].step(x.entmax, m[r], c[r], f[r], s[r], static_cast<float>(most), x.p.tol, ahead);
+            more = more || (x.some(r) && again);
         }
         if (!ptx::sync_any(more)) break;
     }

@@ -24,6 +24,7 @@ struct Range {
         if (low >= end) left_tiles = mid_tiles = right_tiles = 0;
     }
 
+    DEVICE int most() const { return end - low; }  // no more keys than this
     DEVICE int tiles() const { return left_tiles + mid_tiles + right_tiles; }
     DEVICE int first(int tile) const {
         if (tile < left_tiles) return start + tile * BN;
@@ -41,6 +42,7 @@ struct List {
     const int* list;
     int count;
 
+    DEVICE int most() const { return count; }
     DEVICE int tiles() const { return (count + BN - 1) / BN; }
     DEVICE int key(int tile, int i) const {
         int j = tile * BN + i;
@@ -53,6 +55,7 @@ template <int BN>
 struct Held {
     int count;
 
+    DEVICE int most() const { return count; }
     DEVICE int tiles() const { return (count + BN - 1) / BN; }
 
     // Starts the copies: those of V may go on as long as none is asked for.
