@@ -43,7 +43,7 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
     top[0] = top[1] = SUMS ? 0.f : -INFINITE;
     bool small = fabsf(at[0].m) < 1e4f && fabsf(at[1].m) < 1e4f;
     Left<S, S::BE, true> q(shared.q);
-    each_tile(x, shared, keys, false, [&](int, const auto* k, const auto*, const int* index, bool whole) {
+    each_tile(x, shared, keys, false, [&](int tile, const auto* k, const auto*, const int* index, bool whole) {
         float a[S::NT][4];
         open_products<S>();
         multiply_left(a, q, k);
@@ -52,6 +52,7 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
         bool product = SUMS && !S::is(ALIBI) && whole && small;
         if (!product) to_scores(a, x, index, whole);
         if constexpr (SUMS) {
+            float weight = keys.weight(tile);
             x.entmax.choose([&](auto chosen) {
                 auto add = [&](auto weigh) {
 #pragma unroll
@@ -60,8 +61,8 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
                         for (int i = 0; i < 4; ++i) {
                             float p, u;
                             weigh(a[n][i], at[i / 2], p, u);
-                            f[i / 2] += p;
-                            s[i / 2] += u;
+                            f[i / 2] += weight * p;
+                            s[i / 2] += weight * u;
                             if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
                         }
                 };
@@ -77,6 +78,47 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
     });
 #pragma unroll
     for (int r = 0; r < 2; ++r) f[r] = row_sum(f[r]), s[r] = row_sum(s[r]), top[r] = SUMS ? row_sum(top[r]) : row_max(top[r]);
+}
+
+// The sum over the block's rows of what each of their quads of lanes has.
+DEVICE float block_sum(float x, int* scratch) {
+    float* sums = reinterpret_cast<float*>(scratch);
+    for (int i = 4; i < 32; i *= 2) x += ptx::shuffle_xor(x, i);
+    if (lane() == 0) sums[warp()] = x;
+    ptx::sync();
+    x = 0.f;
+    for (int w = 0; w < WARPS; ++w) x += sums[w];
+    ptx::sync();
+    return x;
+}
+
+// A guess of tau for rows that walk all keys: Newton's steps over an estimate of their sums, from c, which stands for a lower bound of tau, and
+// no further down. In rows that are nearly uniform such a bound is far below tau, and each step over a part of the keys saves one over all.
+// It bounds nothing. But it lies below the largest score of the part, (f - sqrt f) / s and (f - 1) / s being less than that is over tau:
+// so the row's own sums are not empty there, and Newton's steps converge from either side.
+inline constexpr int GUESS_STEP = 16, GUESS_STEPS = 6, LEAST_GUESSED = 32;  // tiles of the middle
+inline constexpr float GUESSED = 0.1f;                                   // the rows' mean of |f - 1| that is near enough
+
+template <class S, class Shared>
+DEVICE void guess(const Block<S>& x, const Shared& shared, const float (&m)[2], float (&c)[2]) {
+    Estimate<S::BN> keys(x, GUESS_STEP);
+    if (x.entmax.is(POWER) || keys.mid_end - keys.mid_start < LEAST_GUESSED * S::BN) return;
+    float bound[2] = {c[0], c[1]};
+#pragma unroll 1
+    for (int step = 0; step < GUESS_STEPS; ++step) {
+        Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
+        float f[2], s[2], top[2], off = 0.f, live = 0.f;
+        evaluate<true, false>(x, shared, keys, at, f, s, top);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            // Where m is huge, c is too coarse for the above.
+            if (!(s[r] > 0.f && fabsf(m[r]) < 1e3f)) continue;
+            off += fminf(fabsf(f[r] - 1.f), 1e30f), live += 1.f;
+            c[r] = fminf(bound[r], x.entmax.newton(c[r], f[r], s[r]));
+        }
+        off = block_sum(off, shared.scratch), live = block_sum(live, shared.scratch);
+        if (!(off > GUESSED * live)) break;
+    }
 }
 
 // c to a residual |sum p - 1| of at most tol, see Course. Any reference serves as m.

@@ -1,12 +1,13 @@
 // Walking over keys a tile at a time, the copies of the next tiles under way while one is used.
 //
-// Which keys is told by an object with tiles() and key(tile, i), -1 for none: a range, a sample of it, or a list. Their indices lie in
+// Which keys is told by an object with tiles() and key(tile, i), -1 for none, most() keys in all: a range, a sample of it, or a list. Their indices lie in
 // shared memory as long as the tile does, so that masks and gathers treat all three alike.
 #pragma once
 
 // The tiles of BN keys that cover low .. end; between the edges, where all rows see all keys, only every step-th.
 template <int BN>
 struct Range {
+    static constexpr bool ALL = true;  // and not a list
     const u8* key_mask;
     int low, end, start, left_tiles, mid_start, mid_tiles, mid_end, right_tiles, step;
 
@@ -35,10 +36,26 @@ struct Range {
         int j = first(tile) + i;
         return j >= low && j < end && (key_mask == nullptr || key_mask[j] != 0) ? j : -1;
     }
+    DEVICE float weight(int) const { return 1.f; }  // of what a tile adds to sums
+};
+
+// A range's edges, and of its middle so many tiles, each of which stands for those that are left out: an estimate of the whole range's sums.
+template <int BN>
+struct Estimate : Range<BN> {
+    float share;
+
+    template <class S>
+    DEVICE Estimate(const Block<S>& x, int step) : Range<BN>(x, step, true) {
+        share = static_cast<float>((this->mid_end - this->mid_start) / BN) / static_cast<float>(this->mid_tiles);
+    }
+    DEVICE float weight(int tile) const {
+        return tile >= this->left_tiles && tile < this->left_tiles + this->mid_tiles ? share : 1.f;
+    }
 };
 
 template <int BN>
 struct List {
+    static constexpr bool ALL = false;
     const int* list;
     int count;
 
@@ -48,15 +65,18 @@ struct List {
         int j = tile * BN + i;
         return j < count ? list[j] : -1;
     }
+    DEVICE float weight(int) const { return 1.f; }
 };
 
 // A list short enough that the rows of K and V of all its tiles lie in shared memory at once: later walks copy nothing.
 template <int BN>
 struct Held {
+    static constexpr bool ALL = false;
     int count;
 
     DEVICE int most() const { return count; }
     DEVICE int tiles() const { return (count + BN - 1) / BN; }
+    DEVICE float weight(int) const { return 1.f; }
 
     // Starts the copies: those of V may go on as long as none is asked for.
     template <class S, class Shared>
