@@ -43,10 +43,13 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
     top[0] = top[1] = SUMS ? 0.f : -INFINITE;
     bool small = fabsf(at[0].m) < 1e4f && fabsf(at[1].m) < 1e4f;
     Left<S, S::BE, true> q(shared.q);
-    each_tile(x, shared, keys, false, [&](int tile, const auto* k, const auto*, const int* index, bool whole) {
+    each_tile<true>(x, shared, keys, false, [&](int tile, const auto* k, const auto*, const int* index, bool whole, auto meanwhile) {
         float a[S::NT][4];
+        // A warpgroup's products need no instructions while they are under way.
+        if constexpr (!S::WARPGROUP) meanwhile();
         open_products<S>();
         multiply_left(a, q, k);
+        if constexpr (S::WARPGROUP) meanwhile();
         close_products<S>(a);
         // Tiles that all rows see are weighed as the product left them: most of the time goes into these few instructions an entry.
         bool product = SUMS && !S::is(ALIBI) && whole && small;

@@ -136,8 +136,9 @@ struct Tiles {
     }
 };
 
-// body(tile, K rows, V rows, indices, whether every row sees every key of the tile)
-template <class S, class Shared, class Keys, class Body>
+// body(tile, K rows, V rows, indices, whether every row sees every key of the tile); where MEANWHILE also what starts the next copies: to
+// be called once, when the tile's products are under way.
+template <bool MEANWHILE = false, class S, class Shared, class Keys, class Body>
 DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys, bool values, Body&& body) {
     constexpr int AHEAD = S::STAGES, SLOTS = Shared::SLOTS;
     int tiles = keys.tiles(), me = ptx::thread();
@@ -164,28 +165,38 @@ DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys,
         } else {
             land_copies<S, S::STAGES - 2>();
             ptx::sync();
-            copy(tile + AHEAD - 1);
+            if constexpr (!MEANWHILE) copy(tile + AHEAD - 1);
         }
         // A tile earlier than its copies start: those wait for their indices.
         bool more = me < S::BN && tile + AHEAD < tiles;
         int ahead = more ? keys.key(tile + AHEAD, me) : -1;
         const int* index = shared.index + tile % SLOTS * S::BN;
         int stage = tile % S::STAGES;
-        body(tile, shared.k + stage * Shared::K_SIZE, shared.v + stage * Shared::V_SIZE, index, seen_by_all(x, index));
+        const typename S::T *k = shared.k + stage * Shared::K_SIZE, *v = shared.v + stage * Shared::V_SIZE;
+        bool whole = seen_by_all(x, index);
+        if constexpr (MEANWHILE) {
+            body(tile, k, v, index, whole, [&] {
+                if constexpr (S::STAGES > 1) copy(tile + AHEAD - 1);
+            });
+        } else {
+            body(tile, k, v, index, whole);
+        }
         if (more) shared.index[(tile + AHEAD) % SLOTS * S::BN + me] = ahead;
         if constexpr (S::STAGES == 1) ptx::sync();
     }
     ptx::sync();
 }
 
-template <class S, class Shared, class Body>
+template <bool MEANWHILE = false, class S, class Shared, class Body>
 DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Held<S::BN>& keys, bool values, Body&& body) {
     if (values) land_copies<S, 0>();
     else land_copies<S, 1>();
     ptx::sync();
     for (int tile = 0; tile < keys.tiles(); ++tile) {
         const int* index = shared.index + tile * S::BN;
-        body(tile, shared.k + tile * Shared::K_SIZE, shared.v + tile * Shared::V_SIZE, index, seen_by_all(x, index));
+        const typename S::T *k = shared.k + tile * Shared::K_SIZE, *v = shared.v + tile * Shared::V_SIZE;
+        if constexpr (MEANWHILE) body(tile, k, v, index, seen_by_all(x, index), [] {});
+        else body(tile, k, v, index, seen_by_all(x, index));
     }
 }
 
