@@ -4,18 +4,6 @@
 inline constexpr int COARSE_STEPS = 4;
 inline constexpr float FEW = 0.03f;  // of the keys: a block that is expected to mark no more takes no further step
 
-// The sum over the block's rows of what each of their quads of lanes has.
-DEVICE float block_sum(float x, int* scratch) {
-    float* sums = reinterpret_cast<float*>(scratch);
-    for (int i = 4; i < 32; i *= 2) x += ptx::shuffle_xor(x, i);
-    if (lane() == 0) sums[warp()] = x;
-    ptx::sync();
-    x = 0.f;
-    for (int w = 0; w < WARPS; ++w) x += sums[w];
-    ptx::sync();
-    return x;
-}
-
 // Lower bounds of tau for this thread's two rows, in units of x. Returns whether most of the sample is above them: then a list of the
 // keys above would save nothing.
 template <class S>

@@ -3,6 +3,38 @@
 
 inline constexpr int MAX_STEPS = 40;  // Newton's steps converge quadratically, 12 were the most seen: this only ends loops
 
+// A row's way to its threshold, and when it may end: where the last look found |sum p - 1| <= tol, after one more step; and for alpha = 1.5
+// also where no further look is needed to know that it will be. There, f = sum a^2 falls with tau by 2 s, s = sum a, and s by n, the number
+// of keys above tau. So after a step of d
+//
+//     f - 2 s d  <=  f_after  <=  f - 2 s d + n d^2,     n: at tau where d >= 0, else at most all keys that the row sees
+//
+// and since s is convex, n is at most (s_before - s) / rise where tau rose by `rise` to where it is.
+struct Course {
+    float c_before = 0.f, s_before = INFINITE;  // of the look before; at first such that they bound nothing
+
+    // Takes the step from a look's f and s; returns whether another look is needed. `keys`: at least as many as the row sees. `ahead`: in place
+    // of tol for what is not looked at.
+    template <class E>
+    DEVICE bool step(const E& entmax, float m, float& c, float f, float s, float keys, float tol, float ahead) {
+        float next = entmax.newton(c, f, s), rise = c_before - c, d = c - next;
+        bool more = s > 0.f && fabsf(f - 1.f) > tol;
+        if (entmax.is(SQUARE)) {
+            // Of a smaller rise rounding would tell: of c - m, or of the two sums. Above it, 1 % is more than that.
+            if (d >= 0.f && rise > 1e-4f * fmaxf(1.f, fabsf(m))) keys = fminf(keys, 1.01f * (s_before - s) / rise);
+            float least = f - 1.f - 2.f * s * d, off = fmaxf(fabsf(least), fabsf(least + keys * d * d));
+            // The second bounds the sum of |error| over the normalised u, which the gradients are made of.
+            more = more && !(2.f * off <= ahead && keys * off <= 2.f * ahead * s * s);
+            c_before = c, s_before = s;
+        }
+        c = next;
+        return more;
+    }
+};
+
+// The tolerance where the sums after a step are known without a look. Statistics hold tau to the last bits: then every row is looked at.
+DEVICE float tolerance_ahead(const Params& p) { return p.tau == nullptr ? p.tol : 0.f; }
+
 // Where SUMS, f and s, and where COUNT, in `top` the number of entries above the threshold; else, in `top`, the max.
 template <bool SUMS, bool COUNT, class S, class Shared, class Keys>
 DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, const Point (&at)[2], float (&f)[2], float (&s)[2],
@@ -11,15 +43,19 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
     top[0] = top[1] = SUMS ? 0.f : -INFINITE;
     bool small = fabsf(at[0].m) < 1e4f && fabsf(at[1].m) < 1e4f;
     Left<S, S::BE, true> q(shared.q);
-    each_tile(x, shared, keys, false, [&](int, const auto* k, const auto*, const int* index, bool whole) {
+    each_tile<true>(x, shared, keys, false, [&](int tile, const auto* k, const auto*, const int* index, bool whole, auto meanwhile) {
         float a[S::NT][4];
+        // A warpgroup's products need no instructions while they are under way.
+        if constexpr (!S::WARPGROUP) meanwhile();
         open_products<S>();
         multiply_left(a, q, k);
+        if constexpr (S::WARPGROUP) meanwhile();
         close_products<S>(a);
         // Tiles that all rows see are weighed as the product left them: most of the time goes into these few instructions an entry.
         bool product = SUMS && !S::is(ALIBI) && whole && small;
         if (!product) to_scores(a, x, index, whole);
         if constexpr (SUMS) {
+            float weight = keys.weight(tile);
             x.entmax.choose([&](auto chosen) {
                 auto add = [&](auto weigh) {
 #pragma unroll
@@ -28,8 +64,8 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
                         for (int i = 0; i < 4; ++i) {
                             float p, u;
                             weigh(a[n][i], at[i / 2], p, u);
-                            f[i / 2] += p;
-                            s[i / 2] += u;
+                            f[i / 2] += weight * p;
+                            s[i / 2] += weight * u;
                             if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
                         }
                 };
@@ -47,9 +83,52 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
     for (int r = 0; r < 2; ++r) f[r] = row_sum(f[r]), s[r] = row_sum(s[r]), top[r] = SUMS ? row_sum(top[r]) : row_max(top[r]);
 }
 
-// c to a residual |sum p - 1| of at most tol, after which one more step is taken. Any reference serves as m.
+// The sum over the block's rows of what each of their quads of lanes has.
+DEVICE float block_sum(float x, int* scratch) {
+    float* sums = reinterpret_cast<float*>(scratch);
+    for (int i = 4; i < 32; i *= 2) x += ptx::shuffle_xor(x, i);
+    if (lane() == 0) sums[warp()] = x;
+    ptx::sync();
+    x = 0.f;
+    for (int w = 0; w < WARPS; ++w) x += sums[w];
+    ptx::sync();
+    return x;
+}
+
+// A guess of tau for rows that walk all keys: Newton's steps over an estimate of their sums, from c, which stands for a lower bound of tau, and
+// no further down. In rows that are nearly uniform such a bound is far below tau, and each step over a part of the keys saves one over all.
+// It bounds nothing. But it lies below the largest score of the part, (f - sqrt f) / s and (f - 1) / s being less than that is over tau:
+// so the row's own sums are not empty there, and Newton's steps converge from either side.
+inline constexpr int GUESS_STEP = 16, GUESS_STEPS = 6, LEAST_GUESSED = 32;  // tiles of the middle
+inline constexpr float GUESSED = 0.1f;                                   // the rows' mean of |f - 1| that is near enough
+
+template <class S, class Shared>
+DEVICE void guess(const Block<S>& x, const Shared& shared, const float (&m)[2], float (&c)[2]) {
+    Estimate<S::BN> keys(x, GUESS_STEP);
+    if (x.entmax.is(POWER) || keys.mid_end - keys.mid_start < LEAST_GUESSED * S::BN) return;
+    float bound[2] = {c[0], c[1]};
+#pragma unroll 1
+    for (int step = 0; step < GUESS_STEPS; ++step) {
+        Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
+        float f[2], s[2], top[2], off = 0.f, live = 0.f;
+        evaluate<true, false>(x, shared, keys, at, f, s, top);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            // Where m is huge, c is too coarse for the above.
+            if (!(s[r] > 0.f && fabsf(m[r]) < 1e3f)) continue;
+            off += fminf(fabsf(f[r] - 1.f), 1e30f), live += 1.f;
+            c[r] = fminf(bound[r], x.entmax.newton(c[r], f[r], s[r]));
+        }
+        off = block_sum(off, shared.scratch), live = block_sum(live, shared.scratch);
+        if (!(off > GUESSED * live)) break;
+    }
+}
+
+// c to a residual |sum p - 1| of at most tol, see Course. Any reference serves as m.
 template <class S, class Shared, class Keys>
 DEVICE void solve(const Block<S>& x, const Shared& shared, const Keys& keys, const float (&m)[2], float (&c)[2]) {
+    Course course[2];
+    float ahead = tolerance_ahead(x.p);
     for (int step = 0; step < MAX_STEPS; ++step) {
         Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
         float f[2], s[2], top[2];
@@ -57,8 +136,9 @@ DEVICE void solve(const Block<S>& x, const Shared& shared, const Keys& keys, con
         bool more = false;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            more = more || (x.some(r) && s[r] > 0.f && fabsf(f[r] - 1.f) > x.p.tol);
-            c[r] = x.entmax.newton(c[r], f[r], s[r]);
+            int most = x.hi[r] - x.lo[r] < keys.most() ? x.hi[r] - x.lo[r] : keys.most();
+            bool again = course[r].step(x.entmax, m[r], c[r], f[r], s[r], static_cast<float>(most), x.p.tol, ahead);
+            more = more || (x.some(r) && again);
         }
         if (!ptx::sync_any(more)) break;
     }

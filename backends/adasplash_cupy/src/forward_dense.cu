@@ -1,7 +1,8 @@
 // Forward, last pass: the blocks of rows that are not finished. Those whose lists are long walk them; those whose lists would hold most
 // of the keys, or found no room, and all of short sequences walk all keys.
 //
-// A pass over the keys for each Newton step from the bound T, and one for the output; where there is no bound, one for the row max first.
+// A pass over the keys for each Newton step from the bound T, or from a guess where all keys are walked, and one for the output; where there
+// is no bound, one for the row max first.
 // Programs of all other blocks end at once.
 #include "ptx.cuh"
 #include "wgmma.cuh"

@@ -138,6 +138,8 @@ DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int cou
     for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[n][i] -= m[i / 2];
+    Course course[2];
+    float ahead = tolerance_ahead(x.p);
     for (int step = 0; step < MAX_STEPS; ++step) {
         Point at[2] = {x.entmax.point(0.f, c[0]), x.entmax.point(0.f, c[1])};
         float f[2] = {0.f, 0.f}, s[2] = {0.f, 0.f};
@@ -156,8 +158,8 @@ DEVICE int on_chip(const Block<S>& x, const Tiles<S>& shared, int* list, int cou
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             f[r] = row_sum(f[r]), s[r] = row_sum(s[r]);
-            more = more || (s[r] > 0.f && fabsf(f[r] - 1.f) > x.p.tol);
-            c[r] = x.entmax.newton(c[r], f[r], s[r]);
+            bool again = course[r].step(x.entmax, 0.f, c[r], f[r], s[r], static_cast<float>(count), x.p.tol, ahead);
+            more = more || again;
         }
         if (ptx::ballot(more) == 0) break;
     }

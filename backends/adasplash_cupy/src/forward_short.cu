@@ -67,11 +67,6 @@ struct Exchange {
             all[r][0] = first.x[0] + second.x[0], all[r][1] = first.x[1] + second.x[1];
         }
     }
-    // Whether `first` differs from 1 by more than tol in a row that is not empty, after sum(f, s): every warp looks at all rows.
-    DEVICE bool unsolved(float tol) const {
-        Two first = take(0, lane()), second = take(1, lane());
-        return ptx::ballot(first.x[1] + second.x[1] > 0.f && fabsf(first.x[0] + second.x[0] - 1.f) > tol) != 0;
-    }
 
 private:
     DEVICE Two* at(int of_warp, int row) const { return reinterpret_cast<Two*>(shared.sums) + (place * WARPS + of_warp) * 16 + row; }
@@ -203,9 +198,12 @@ forward_short(PARAMS p) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) a[step][0][n][i] -= m[i / 2];
         }
+    // Every warp steps all 32 rows, a lane each, and so knows when they are solved: one barrier a turn is enough.
+    Course course;
+    float c_of_lane = x.entmax.first_c(), most = static_cast<float>(x.end - x.low), ahead = tolerance_ahead(p);
     for (int turn = 0; turn < MAX_STEPS; ++turn) {
         Point at[2] = {x.entmax.point(0.f, c[0]), x.entmax.point(0.f, c[1])};
-        float mine[2][2] = {{0.f, 0.f}, {0.f, 0.f}}, all[2][2];
+        float mine[2][2] = {{0.f, 0.f}, {0.f, 0.f}};
         x.entmax.choose([&](auto chosen) {
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
@@ -224,10 +222,13 @@ forward_short(PARAMS p) {
         });
 #pragma unroll
         for (int r = 0; r < 2; ++r) mine[r][0] = row_sum(mine[r][0]), mine[r][1] = row_sum(mine[r][1]);
-        exchange.sum(mine, all);
+        exchange.give(mine);
+        Two first = exchange.take(0, lane()), second = exchange.take(1, lane());
+        float f = first.x[0] + second.x[0], s = first.x[1] + second.x[1];
+        bool more = course.step(x.entmax, 0.f, c_of_lane, f, s, most, p.tol, ahead);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) c[r] = x.entmax.newton(c[r], all[r][0], all[r][1]);
-        if (!exchange.unsolved(p.tol)) break;
+        for (int r = 0; r < 2; ++r) c[r] = ptx::shuffle(c_of_lane, pair * 16 + lane() / 4 + 8 * r);
+        if (ptx::ballot(more) == 0) break;
     }
 
     Point at[2] = {x.entmax.point(0.f, c[0]), x.entmax.point(0.f, c[1])};

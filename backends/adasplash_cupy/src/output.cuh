@@ -253,6 +253,7 @@ DEVICE int solve_and_write(const Block<S>& x, const Tiles<S>& shared, const Keys
             bool inside = x.row[r] < p.q_len;
             x.entmax.start(inside ? p.t[x.row_at(r)] : 0.f, inside ? p.margin[x.row_at(r)] : 0.f, m[r], c[r]);
         }
+        if constexpr (Keys::ALL) guess(x, shared, m, c);
     } else {
         Point zero[2] = {{0.f, 0.f, 1.f}, {0.f, 0.f, 1.f}};
         float f[2], s[2];

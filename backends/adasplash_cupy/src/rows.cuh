@@ -157,5 +157,5 @@ DEVICE void gather_rows(T* to, const T* from, i64 stride, int columns, const int
 template <class S, int N>
 DEVICE void land_copies() {
     ptx::wait_copies<N>();
-    if constexpr (S::WARPGROUP) ptx::publish_stores();
+    if constexpr (S::WARPGROUP) ptx::publish_copies();
 }

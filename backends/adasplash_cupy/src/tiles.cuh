@@ -1,12 +1,13 @@
 // Walking over keys a tile at a time, the copies of the next tiles under way while one is used.
 //
-// Which keys is told by an object with tiles() and key(tile, i), -1 for none: a range, a sample of it, or a list. Their indices lie in
+// Which keys is told by an object with tiles() and key(tile, i), -1 for none, most() keys in all: a range, a sample of it, or a list. Their indices lie in
 // shared memory as long as the tile does, so that masks and gathers treat all three alike.
 #pragma once
 
 // The tiles of BN keys that cover low .. end; between the edges, where all rows see all keys, only every step-th.
 template <int BN>
 struct Range {
+    static constexpr bool ALL = true;  // and not a list
     const u8* key_mask;
     int low, end, start, left_tiles, mid_start, mid_tiles, mid_end, right_tiles, step;
 
@@ -24,6 +25,7 @@ struct Range {
         if (low >= end) left_tiles = mid_tiles = right_tiles = 0;
     }
 
+    DEVICE int most() const { return end - low; }  // no more keys than this
     DEVICE int tiles() const { return left_tiles + mid_tiles + right_tiles; }
     DEVICE int first(int tile) const {
         if (tile < left_tiles) return start + tile * BN;
@@ -34,26 +36,47 @@ struct Range {
         int j = first(tile) + i;
         return j >= low && j < end && (key_mask == nullptr || key_mask[j] != 0) ? j : -1;
     }
+    DEVICE float weight(int) const { return 1.f; }  // of what a tile adds to sums
+};
+
+// A range's edges, and of its middle so many tiles, each of which stands for those that are left out: an estimate of the whole range's sums.
+template <int BN>
+struct Estimate : Range<BN> {
+    float share;
+
+    template <class S>
+    DEVICE Estimate(const Block<S>& x, int step) : Range<BN>(x, step, true) {
+        share = static_cast<float>((this->mid_end - this->mid_start) / BN) / static_cast<float>(this->mid_tiles);
+    }
+    DEVICE float weight(int tile) const {
+        return tile >= this->left_tiles && tile < this->left_tiles + this->mid_tiles ? share : 1.f;
+    }
 };
 
 template <int BN>
 struct List {
+    static constexpr bool ALL = false;
     const int* list;
     int count;
 
+    DEVICE int most() const { return count; }
     DEVICE int tiles() const { return (count + BN - 1) / BN; }
     DEVICE int key(int tile, int i) const {
         int j = tile * BN + i;
         return j < count ? list[j] : -1;
     }
+    DEVICE float weight(int) const { return 1.f; }
 };
 
 // A list short enough that the rows of K and V of all its tiles lie in shared memory at once: later walks copy nothing.
 template <int BN>
 struct Held {
+    static constexpr bool ALL = false;
     int count;
 
+    DEVICE int most() const { return count; }
     DEVICE int tiles() const { return (count + BN - 1) / BN; }
+    DEVICE float weight(int) const { return 1.f; }
 
     // Starts the copies: those of V may go on as long as none is asked for.
     template <class S, class Shared>
@@ -113,8 +136,9 @@ struct Tiles {
     }
 };
 
-// body(tile, K rows, V rows, indices, whether every row sees every key of the tile)
-template <class S, class Shared, class Keys, class Body>
+// body(tile, K rows, V rows, indices, whether every row sees every key of the tile); where MEANWHILE also what starts the next copies: to
+// be called once, when the tile's products are under way.
+template <bool MEANWHILE = false, class S, class Shared, class Keys, class Body>
 DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys, bool values, Body&& body) {
     constexpr int AHEAD = S::STAGES, SLOTS = Shared::SLOTS;
     int tiles = keys.tiles(), me = ptx::thread();
@@ -141,28 +165,38 @@ DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys,
         } else {
             land_copies<S, S::STAGES - 2>();
             ptx::sync();
-            copy(tile + AHEAD - 1);
+            if constexpr (!MEANWHILE) copy(tile + AHEAD - 1);
         }
         // A tile earlier than its copies start: those wait for their indices.
         bool more = me < S::BN && tile + AHEAD < tiles;
         int ahead = more ? keys.key(tile + AHEAD, me) : -1;
         const int* index = shared.index + tile % SLOTS * S::BN;
         int stage = tile % S::STAGES;
-        body(tile, shared.k + stage * Shared::K_SIZE, shared.v + stage * Shared::V_SIZE, index, seen_by_all(x, index));
+        const typename S::T *k = shared.k + stage * Shared::K_SIZE, *v = shared.v + stage * Shared::V_SIZE;
+        bool whole = seen_by_all(x, index);
+        if constexpr (MEANWHILE) {
+            body(tile, k, v, index, whole, [&] {
+                if constexpr (S::STAGES > 1) copy(tile + AHEAD - 1);
+            });
+        } else {
+            body(tile, k, v, index, whole);
+        }
         if (more) shared.index[(tile + AHEAD) % SLOTS * S::BN + me] = ahead;
         if constexpr (S::STAGES == 1) ptx::sync();
     }
     ptx::sync();
 }
 
-template <class S, class Shared, class Body>
+template <bool MEANWHILE = false, class S, class Shared, class Body>
 DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Held<S::BN>& keys, bool values, Body&& body) {
     if (values) land_copies<S, 0>();
     else land_copies<S, 1>();
     ptx::sync();
     for (int tile = 0; tile < keys.tiles(); ++tile) {
         const int* index = shared.index + tile * S::BN;
-        body(tile, shared.k + tile * Shared::K_SIZE, shared.v + tile * Shared::V_SIZE, index, seen_by_all(x, index));
+        const typename S::T *k = shared.k + tile * Shared::K_SIZE, *v = shared.v + tile * Shared::V_SIZE;
+        if constexpr (MEANWHILE) body(tile, k, v, index, seen_by_all(x, index), [] {});
+        else body(tile, k, v, index, seen_by_all(x, index));
     }
 }
 

@@ -99,8 +99,10 @@ DEVICE void multiply_tiles(float (&d)[N][4], const u32 (&a)[4], u64 b) {
 #undef WGMMA_OF
 #undef SUMS
 
-// Lets the tensor cores see what this thread stored, or copied and waited for, in shared memory, once the threads of a barrier that
-// follows have met.
+// Lets the tensor cores see what this thread stored in shared memory, once the threads of a barrier that follows have met.
 DEVICE void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for what cp.async brought and was waited for. PTX asks for that fence here too. But it compiles to a MEMBAR, which orders all that
+// this thread has under way, the copies of later tiles with it; and CUTLASS's cp.async main loops for wgmma, and Triton's, take none.
+DEVICE void publish_copies() {}
 
 }  // namespace ptx

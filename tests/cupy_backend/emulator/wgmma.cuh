@@ -26,5 +26,6 @@ DEVICE void multiply_tiles(float (&d)[N][4], const u32 (&a)[4], u64 b) {
     fibers::multiply_tiles(d[0], {8 * N, ADD, std::is_same_v<T, half_t>, false, B_DOWN}, 0, a, b);
 }
 DEVICE void publish_stores() { fibers::publish_stores(); }
+DEVICE void publish_copies() { fibers::publish_stores(); }
 
 }  // namespace ptx
