@@ -200,7 +200,7 @@ def evaluate_list(
 
 
 @triton.jit
-def solve_tile(x, count, h, tol, max_steps, ALPHA: tl.constexpr):
+def solve_tile(x, count, h, tol, max_steps, ALPHA: tl.constexpr, STATS: tl.constexpr):
     """(m, c) of rows whose scores x (BM, BN), at most ``count`` of them finite, are all on chip."""
     m = tl.max(x, 1)
     m = tl.where(m == float("-inf"), 0.0, m)
@@ -219,7 +219,7 @@ def solve_tile(x, count, h, tol, max_steps, ALPHA: tl.constexpr):
         # branch or the end of a loop, and has no layout for a reduction to a number.
         residuals = tl.zeros_like(f)
         if steps < max_steps:
-            residuals = residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA)
+            residuals = residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA, STATS)
         residual = tl.max(residuals, 0)
         c_before = c
         s_before = s

@@ -60,7 +60,7 @@ def forward_dense_kernel(
                 c = bounded_c(m, tl.load(T + row_at, mask=rows < q_len, other=0.0), h, ALPHA)
         c = solve_range(
             q, keys_ptr, keymask, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, tol, MAX_STEPS,
-            ALPHA, E, BE, BM, BD, HAS_KEYMASK, HAS_ALIBI, PRECISION,
+            ALPHA, E, BE, BM, BD, HAS_KEYMASK, HAS_ALIBI, PRECISION, STATS,
         )  # fmt: skip
         o, o2, sum_p, sum_u, support = output_range(
             q, keys_ptr, values_ptr, keymask, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope,

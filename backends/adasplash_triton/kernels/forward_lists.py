@@ -90,13 +90,13 @@ def forward_lists_kernel(
                 o, o2, sum_p, sum_u, support, m, c, base, kept = on_chip(
                     q, keys_ptr, values_ptr, list_, count, k_stride, v_stride, lo, hi, diag, h, x_scale, slope, tol, MAX_STEPS,
                     rows, bh, SEED, keep_from, keep_scale, POOL, POOL_TOP, pool_size,
-                    ALPHA, E, BE, EV, BEV, BM, BS, HAS_ALIBI, PRECISION, HAS_DROPOUT, GRAD, KEEP,
+                    ALPHA, E, BE, EV, BEV, BM, BS, HAS_ALIBI, PRECISION, HAS_DROPOUT, GRAD, KEEP, STATS,
                 )  # fmt: skip
             else:
                 first, last = whole_entries(list_, count, lo, hi, BK)
                 c = solve_list(
                     q, keys_ptr, list_, count, first, last, k_stride, lo, hi, diag, m, c, c_before, s, h, x_scale, slope, tol,
-                    MAX_STEPS, ALPHA, E, BE, BM, BK, HAS_ALIBI, PRECISION,
+                    MAX_STEPS, ALPHA, E, BE, BM, BK, HAS_ALIBI, PRECISION, STATS,
                 )  # fmt: skip
                 o, o2, sum_p, sum_u, support = output_list(
                     q, keys_ptr, values_ptr, list_, count, first, last, k_stride, v_stride, lo, hi, diag, m, c, h, x_scale, slope,

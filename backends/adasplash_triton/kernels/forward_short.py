@@ -92,7 +92,7 @@ def forward_short_kernel(
         f = tl.sum(ps, 1)
         s = tl.sum(us, 1)
         new = newton_step(c, f, s, h, ALPHA)
-        residual = tl.max(tl.where(lo < hi, residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA), 0.0), 0)
+        residual = tl.max(tl.where(lo < hi, residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA, STATS), 0.0), 0)
         c_before = c
         s_before = s
         c = new

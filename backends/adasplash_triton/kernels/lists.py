@@ -65,7 +65,7 @@ def sweep(
 def solve_list(
     q, K, LIST, count, first, last, k_stride, lo, hi, diag, m, c, c_before, s_before, h, x_scale, slope, tol, max_steps,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """c to a residual of at most ``tol``; s_before: sum u at c_before, from where the last step came."""
     row_keys = tl.minimum(hi - lo, count).to(tl.float32)
@@ -77,7 +77,7 @@ def solve_list(
             HAS_ALIBI, PRECISION,
         )  # fmt: skip
         new = newton_step(c, f, s, h, ALPHA)
-        residual = tl.max(tl.where(lo < hi, residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA), 0.0), 0)
+        residual = tl.max(tl.where(lo < hi, residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA, STATS), 0.0), 0)
         c_before = c
         s_before = s
         c = new
@@ -128,6 +128,7 @@ def on_chip(
     POOL, POOL_TOP, pool_size,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, EV: tl.constexpr, BEV: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
     HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HAS_DROPOUT: tl.constexpr, GRAD: tl.constexpr, KEEP: tl.constexpr,
+    STATS: tl.constexpr,
 ):  # fmt: skip
     """(O sum p, O2 sum u, sum p, sum u, support, m, c, base, kept) of a list of at most BS keys. With ``KEEP`` the ``kept`` keys that
     some row weighs stand in the pool from ``base`` on; -1 if it is full."""
@@ -135,7 +136,7 @@ def on_chip(
     k = load_rows(K, keys, k_stride, 0, E, BE, False)
     x = scores(q, k, keys, diag, x_scale, slope, HAS_ALIBI, PRECISION)
     x = mask_listed(x, LIST, 0, count, 1, 0, lo, hi, BS)
-    m, c = solve_tile(x, count, h, tol, max_steps, ALPHA)
+    m, c = solve_tile(x, count, h, tol, max_steps, ALPHA, STATS)
     v = load_rows(V, keys, v_stride, 0, EV, BEV, False)
     p, u = weights(x, m[:, None], c[:, None], h, ALPHA)
     sum_p = tl.sum(p, 1)

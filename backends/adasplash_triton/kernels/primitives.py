@@ -104,16 +104,17 @@ def newton_step(c, f, s, h, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def residual_after(c, new, f, s, c_before, s_before, keys, ALPHA: tl.constexpr):
+def residual_after(c, new, f, s, c_before, s_before, keys, ALPHA: tl.constexpr, STATS: tl.constexpr):
     """How far sum p may be from 1 where the solve goes on from ``new``: 0 where the row is empty.
 
     Known at c is |f - 1|. For alpha 1.5, f is convex in tau with slope -2s and curvature 2n, n keys above the threshold; so after a
     step d of tau it lies between f - 2sd and f - 2sd + nd^2: that takes no look at the keys. n is at most the row's ``keys``; after a
     look at c_before further left, where s was s_before, at most the mean (s_before - s) / (c_before - c) between the two. Twice the
-    bound is taken, or what it means for the normalised u, whose entries move by n / s^2 of it in sum, if that is more.
+    bound is taken, or what it means for the normalised u, whose entries move by n / s^2 of it in sum, if that is more. With ``STATS``
+    it is not taken: tau, and the support even more, are asked for to float32's precision.
     """
     residual = tl.abs(f - 1.0)
-    if ALPHA == 15:
+    if ALPHA == 15 and not STATS:
         moved = c_before - c
         mean = (s_before - s) / tl.where(moved > 1e-4, moved, 1.0)
         n = tl.where(moved > 1e-4, tl.minimum(tl.maximum(1.01 * mean, 1.0), keys), keys)
@@ -358,7 +359,8 @@ def store_result(
         o2 = tl.where(live[:, None], o2 / tl.where(sum_u > 0.0, sum_u, 1.0)[:, None], 0.0)
         store_rows(O2 + row_at * EV, o2.to(O2.dtype.element_ty), rows, EV, q_len, EV, BEV)
         tl.store(M + row_at + rows, m, mask=rows < q_len)
-        tl.store(C + row_at + rows, c, mask=rows < q_len)
+        # O is divided by sum p, which the backward's p are not: for these, the step from the sums at hand.
+        tl.store(C + row_at + rows, newton_step(c, sum_p, sum_u, h, ALPHA), mask=rows < q_len)
     if STATS:
         if ALPHA < 15:
             tau = tl.where(h > 0.0, h * m - tl.exp(-h * c), m + c)

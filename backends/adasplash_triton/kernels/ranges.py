@@ -53,7 +53,7 @@ def estimate_range(
 def solve_range(
     q, K, KEYMASK, k_stride, lo, hi, diag, m, c, h, x_scale, slope, low, mid_start, mid_end, end, tol, max_steps,
     ALPHA: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEYMASK: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
     """c to a residual of at most ``tol`` from the lower bound c of tau; m need only be near the row max."""
     row_keys = (hi - lo).to(tl.float32)
@@ -72,7 +72,7 @@ def solve_range(
             ALPHA, E, BE, BM, BN, HAS_KEYMASK, HAS_ALIBI, PRECISION, True, False, True,
         )  # fmt: skip
         new = tl.where(lo < hi, newton_step(c, f, s, h, ALPHA), c)
-        residual = tl.max(tl.where(lo < hi, residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA), 0.0), 0)
+        residual = tl.max(tl.where(lo < hi, residual_after(c, new, f, s, c_before, s_before, row_keys, ALPHA, STATS), 0.0), 0)
         c_before = c
         s_before = s
         c = new

@@ -20,7 +20,7 @@ TOL = 2e-3
 def solve_kernel(X, M, C, tol, max_steps, ROWS: tl.constexpr, KEYS: tl.constexpr):
     rows = tl.arange(0, ROWS)
     x = tl.load(X + rows[:, None] * KEYS + tl.arange(0, KEYS)[None, :])
-    m, c = solve_tile(x, KEYS, 0.5, tol, max_steps, 15)
+    m, c = solve_tile(x, KEYS, 0.5, tol, max_steps, 15, False)
     tl.store(M + rows, m)
     tl.store(C + rows, c)
 
