@@ -200,10 +200,10 @@ backward_keys(PARAMS p) {
                         float keep = 1.f;
                         if (S::is(DROPOUT) && dropout) keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + in_tile, j, bh);
                         Point point{shared.m[at], shared.c[at], shared.e[at]};
-                        float weight, ds, u;
-                        score_gradient(chosen, score, point, dp[n][i], keep, shared.delta[at], ds, weight, u);
+                        float weight, u;
+                        chosen.weigh(score, point, weight, u);
+                        dp[n][i] = score_gradient<S::is(DROPOUT)>(dp[n][i], keep, shared.delta[at], u, weight) * p.scale;
                         a[n][i] = weight;
-                        dp[n][i] = ds * p.scale;
                     }
             });
             if constexpr (S::WARPGROUP) {
