@@ -173,7 +173,7 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
         config = replace(config, keys=16)
     if device.capability == (9, 0) and takes_marking(spec):
         stages = 6 if padded(spec.head_dim) <= 64 else 4
-        config = replace(config, mark_groups=2, mark_stages=stages, mark_split=2, mark_subtract=1, mark_ahead=0)
+        config = replace(config, mark_groups=2, mark_stages=stages, mark_split=2, mark_subtract=1, mark_ahead=0, bound_warpgroups=1)
     if not wide and width <= 128 and device.shared_memory >= 200 * 1024:
         # Room for three programs of forward_lists a multiprocessor, and two of forward_dense.
         config = replace(config, stages=3, dense_stages=5 if width <= 64 else 4)

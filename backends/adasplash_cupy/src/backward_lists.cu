@@ -117,15 +117,24 @@ DEVICE void add_list_tile(const Block<S>& x, const RowsTiles<S, true>& shared, c
         for (int first = 0; first < S::BN; first += 64)
 #pragma unroll
             for (int column = 0; column < WIDER; column += 64) {
+                // dK and dV one after the other where registers must allow three programs.
+                constexpr bool TOGETHER = S::PROGRAMS < 3;
                 float d_k[S::BE < 64 ? S::BE / 8 : 8][4], d_v[S::BEV < 64 ? S::BEV / 8 : 8][4];
+                int key = first + warp() * 16;
                 open_products<S>();
                 if (first == 0 && column == 0) multiply_weights<typename S::KTile>(d_q, w, k, 0);
                 if (column < S::BE) multiply_columns(d_k, shared.ds + first * ROWS, shared.q + column * ROWS);
-                if (column < S::BEV) multiply_columns(d_v, shared.p + first * ROWS, shared.d_out + column * ROWS);
-                close_products<S>(d_q, d_k, d_v);
-                int key = first + warp() * 16;
+                if (TOGETHER && column < S::BEV) multiply_columns(d_v, shared.p + first * ROWS, shared.d_out + column * ROWS);
+                if constexpr (TOGETHER) close_products<S>(d_q, d_k, d_v);
+                else close_products<S>(d_q, d_k);
                 if (column < S::BE) scatter(d_k, index, key, x.p.scale, sums.d_k, x.p.head_dim, column);
-                if (column < S::BEV) scatter(d_v, index, key, 1.f, sums.d_v, x.p.head_dim_v, column);
+                if (column >= S::BEV) continue;
+                if constexpr (!TOGETHER) {
+                    open_products<S>();
+                    multiply_columns(d_v, shared.p + first * ROWS, shared.d_out + column * ROWS);
+                    close_products<S>(d_v);
+                }
+                scatter(d_v, index, key, 1.f, sums.d_v, x.p.head_dim_v, column);
             }
     } else {
         ptx::sync();
