@@ -47,7 +47,7 @@ class ForwardConfig(KernelConfig):
 class BackwardConfig(KernelConfig):
     """The backward's tiles, and which passes multiply by whole warpgroups (Hopper).
 
-    ``..._programs`` are programs a multiprocessor that registers must allow; 0: as many as fit without spilling, by the kernel's own rule.
+    ``..._programs`` are programs a multiprocessor that registers must allow; 0: by the kernel's own rule, which spills nothing.
     """
 
     keys: int = 32  # of backward_rows, which walks all keys; a multiple of 16
@@ -173,7 +173,9 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
         config = replace(config, keys=16)
     if device.capability == (9, 0) and takes_marking(spec):
         stages = 6 if padded(spec.head_dim) <= 64 else 4
-        config = replace(config, mark_groups=2, mark_stages=stages, mark_split=2, mark_subtract=1, mark_ahead=0, bound_warpgroups=1)
+        config = replace(
+            config, mark_groups=2, mark_stages=stages, mark_split=2, mark_subtract=1, mark_ahead=0, bound_warpgroups=1
+        )
     if not wide and width <= 128 and device.shared_memory >= 200 * 1024:
         # Room for three programs of forward_lists a multiprocessor, and two of forward_dense.
         config = replace(config, stages=3, dense_stages=5 if width <= 64 else 4)
@@ -283,29 +285,33 @@ def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[Backward
 
 
 def _rows_choices(base: BackwardConfig) -> Iterator[BackwardConfig]:
-    tiles = [(1, 64), (0, 32), (0, 64)] if base.rows_warpgroups else [(0, keys) for keys in (base.keys, base.keys * 2, base.keys // 2)]
+    tiles = [(0, keys) for keys in (base.keys, base.keys * 2, base.keys // 2)]
+    if base.rows_warpgroups:
+        tiles = [(1, 64), (1, 32), (0, 32), (0, 64)]
+        yield replace(base, keys=32, rows_programs=3)
     for together, keys in tiles:
         for stages in (1, 2):
             yield replace(base, rows_warpgroups=together, keys=keys, stages=stages)
-    if base.rows_warpgroups:
-        yield replace(base, keys=32)
 
 
 def _list_choices(spec: AttentionSpec, device: DeviceInfo, base: BackwardConfig) -> Iterator[BackwardConfig]:
-    for keys in (base.list_keys, base.list_keys * 2, base.list_keys // 2):
-        for stages in (1, 2, 3):
-            if not base.lists_warpgroups:
-                yield replace(base, list_keys=keys, list_stages=stages)
     if device.capability == (9, 0) and takes_warpgroups_backward(spec):
-        yield replace(base, lists_warpgroups=0, list_keys=32, list_stages=2)
-        for stages in (1, 2, 3):
-            yield replace(base, lists_warpgroups=1, list_keys=64, list_stages=stages)
+        for together, keys in ((0, 32), (1, 64)):
+            for stages in (1, 2, 3):
+                yield replace(base, lists_warpgroups=together, list_keys=keys, list_stages=stages)
+        yield replace(base, lists_warpgroups=1, list_keys=64, list_stages=2, lists_programs=3)
+    else:
+        for keys in (base.list_keys, base.list_keys * 2, base.list_keys // 2):
+            for stages in (1, 2, 3):
+                yield replace(base, list_keys=keys, list_stages=stages)
 
 
 def _keys_choices(base: BackwardConfig) -> Iterator[BackwardConfig]:
     for rows in (base.rows, base.rows // 2):
-        for together in {0, base.keys_warpgroups}:
+        for together in (base.keys_warpgroups, 0):
             yield replace(base, keys_warpgroups=together, rows=rows)
+    if base.keys_warpgroups:
+        yield replace(base, keys_programs=3)
 
 
 def _spills(spec: AttentionSpec, keys: int, most: int) -> bool:

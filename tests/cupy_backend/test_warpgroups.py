@@ -171,7 +171,12 @@ CALLS: dict[str, Any] = {
     "32 columns": lambda: (draw(70, 200, dim=32), {"is_causal": True, "query_offset": 130}, {}, {}),
     "32 and 64 columns, another alpha": lambda: (draw(70, 200, dim=24, dim_v=64), {"alpha": 1.3}, {}, {}),
     "lists by warps, all keys by warpgroups": lambda: (draw(70, 300), {}, {"lists_warpgroups": 0, "list_keys": 32}, {}),
-    "lists by warpgroups, all keys by warps": lambda: (draw(70, 300), {}, {"rows_warpgroups": 0, "keys": 32, "keys_warpgroups": 0}, {}),
+    "lists by warpgroups, all keys by warps": lambda: (
+        draw(70, 300),
+        {},
+        {"rows_warpgroups": 0, "keys": 32, "keys_warpgroups": 0},
+        {},
+    ),
     "32 keys of all": lambda: (draw(70, 200), {}, {"keys": 32}, {}),
 }
 

@@ -237,7 +237,8 @@ backward_keys(PARAMS p) {
                         for (int i = 0; i < 4; ++i) {
                             int j = i % 2;
                             float keep = 1.f, weight, u;
-                            if (S::is(DROPOUT) && dropout) keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + in_tile + j, key[i / 2], bh);
+                            if (S::is(DROPOUT) && dropout)
+                                keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + in_tile + j, key[i / 2], bh);
                             weigh(a[n][i], Point{m.x[j], c.x[j], e.x[j]}, at + j, key[i / 2], weight, u);
                             dp[n][i] = score_gradient<S::is(DROPOUT)>(dp[n][i], keep, delta.x[j], u, weight);
                             a[n][i] = weight;
@@ -245,7 +246,9 @@ backward_keys(PARAMS p) {
                     }
                 };
                 if (whole) {
-                    take([&](float y, const Point& of, int, int, float& weight, float& u) { chosen.weigh_product(y, x.x_scale, of, weight, u); });
+                    take([&](float y, const Point& of, int, int, float& weight, float& u) {
+                        chosen.weigh_product(y, x.x_scale, of, weight, u);
+                    });
                 } else {
                     take([&](float y, const Point& of, int at, int j, float& weight, float& u) {
                         float score = y * x.x_scale;
