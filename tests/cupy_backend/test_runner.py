@@ -19,6 +19,7 @@ from adasplash_cupy import binaries, instances, launch, nvrtc, runner, tensor_ma
 from adasplash_cupy.backend import CupyBackend
 from adasplash_cupy.configs import BackwardConfig, ForwardConfig
 from adasplash_cupy.instances import Instance, MarkInstance
+from adasplash_cupy.operands import has_aligned_rows
 from adasplash_cupy.program import Address, Output, Program, Programs, Step, Zeroed
 from adasplash_cupy.tensor_maps import tensor_map
 from tests.cupy_backend.fake_machine import (
@@ -326,6 +327,13 @@ def test_misaligned_rows_are_copied_in_every_call(machine: Machine) -> None:
         given = machine.driver.launched[-1].fields["v"]
         assert given % 16 == 0
         assert given != value.data_ptr()
+
+
+@pytest.mark.parametrize(("stride", "far"), [(2**31, True), (2**31 - 8, False)])
+def test_rows_that_are_4_gib_apart_are_copied(stride: int, far: bool) -> None:
+    """Kernels find a row by 32-bit arithmetic."""
+    rows = torch.empty_strided((1, 1, 2, 64), (2 * stride, 2 * stride, stride, 1), dtype=torch.float16, device="meta")
+    assert has_aligned_rows(rows) != far
 
 
 def test_backward_hands_over_what_the_forward_kept(machine: Machine) -> None:
