@@ -238,7 +238,8 @@ def test_each_pass_of_the_backward_chooses_by_itself(pass_: str) -> None:
 @pytest.mark.parametrize("change", [{"dtype": "float32"}, {"head_dim": 16}, {"head_dim_v": 16}])
 def test_what_has_no_panels_of_64_columns_is_multiplied_by_warps(change: dict[str, Any]) -> None:
     spec = dataclasses.replace(make_call(*draw(64, 64), enable_gqa=True).spec, **change)
-    assert not any(i.warpgroup for i in configs.forward_instances(spec, configs.default_forward(spec, HOPPER)).values())
+    forward = configs.forward_instances(spec, configs.default_forward(spec, HOPPER))
+    assert {name for name, instance in forward.items() if instance.warpgroup} <= {"forward_bound"}  # which reads no values
     assert not any(i.warpgroup for i in configs.backward_instances(spec, configs.default_backward(spec, HOPPER)).values())
 
 
