@@ -32,6 +32,7 @@ KERNELS = (
     "forward_lists",
     "forward_dense",
     "forward_short",
+    "backward_lists",
     "backward_rows",
     "backward_keys",
 )

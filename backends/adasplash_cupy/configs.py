@@ -38,17 +38,29 @@ class ForwardConfig(KernelConfig):
     list_percent: int = 85  # longer lists, in per cent of the range, are not made ...
     dense_percent: int = 50  # ... and not used once they have shrunk
     least_list: int = 1024  # lists up to this length always are
-    warpgroups: int = 0  # whether forward_lists and forward_dense multiply by whole warpgroups (Hopper)
+    lists_warpgroups: int = 0  # whether forward_lists multiplies by whole warpgroups (Hopper)
+    dense_warpgroups: int = 0  # likewise forward_dense
+    bound_warpgroups: int = 0  # likewise forward_bound
 
 
 @dataclass(frozen=True)
 class BackwardConfig(KernelConfig):
-    """The backward's tiles."""
+    """The backward's tiles, and which passes multiply by whole warpgroups (Hopper).
 
-    keys: int = 32  # of the pass over blocks of rows
+    ``..._programs`` are programs a multiprocessor that registers must allow; 0: by the kernel's own rule, which spills nothing.
+    """
+
+    keys: int = 32  # of backward_rows, which walks all keys; a multiple of 16
     stages: int = 2
-    rows: int = 64  # query rows at a time in the pass over blocks of keys
-    warpgroups: int = 0  # whether products are those of whole warpgroups (Hopper); keys are a multiple of 64 then
+    rows_warpgroups: int = 0
+    rows_programs: int = 0
+    list_keys: int = 32  # of backward_lists; with warpgroups a multiple of 64
+    list_stages: int = 2
+    lists_warpgroups: int = 0
+    lists_programs: int = 0
+    rows: int = 64  # query rows at a time in backward_keys
+    keys_warpgroups: int = 0
+    keys_programs: int = 0
 
 
 def uses_lists(spec: AttentionSpec, kv_len: int) -> bool:
@@ -80,16 +92,18 @@ def short_instance(spec: AttentionSpec, config: ForwardConfig, tile: int) -> Ins
 def forward_instances(spec: AttentionSpec, config: ForwardConfig) -> dict[str, Instance]:
     """The forward's kernels as this call compiles them."""
     e, ev, alpha = padded(spec.head_dim), padded(spec.head_dim_v), _ALPHA_CODES.get(spec.alpha_class, 0)
-    alibi, together = ALIBI * spec.alibi, bool(config.warpgroups) and takes_warpgroups(spec)
+    alibi, together = ALIBI * spec.alibi, takes_warpgroups(spec)
+    lists, dense = together and bool(config.lists_warpgroups), together and bool(config.dense_warpgroups)
     flags = alibi | GRAD * spec.needs_grad | DROPOUT * spec.dropout
     found = {
         "key_max": Instance("key_max", spec.dtype),
         "forward_select": Instance("forward_select", spec.dtype, e, 16, alpha, config.select_keys, config.select_stages, alibi),
-        "forward_lists": Instance("forward_lists", spec.dtype, e, ev, alpha, config.keys, config.stages, flags, together),
-        "forward_dense": Instance("forward_dense", spec.dtype, e, ev, alpha, config.keys, config.dense_stages, flags, together),
+        "forward_lists": Instance("forward_lists", spec.dtype, e, ev, alpha, config.keys, config.stages, flags, lists),
+        "forward_dense": Instance("forward_dense", spec.dtype, e, ev, alpha, config.keys, config.dense_stages, flags, dense),
     }
     if config.mark_groups and takes_marking(spec):
-        found["forward_bound"] = replace(found["forward_select"], kernel="forward_bound", tile=64, stages=3 if e <= 64 else 2)
+        bound = replace(found["forward_select"], kernel="forward_bound", tile=64, stages=3 if e <= 64 else 2)
+        found["forward_bound"] = replace(bound, head_dim_v=64, warpgroup=True) if config.bound_warpgroups else bound
         found["forward_mark"] = MarkInstance(
             dtype=spec.dtype,
             head_dim=e,
@@ -114,15 +128,29 @@ def takes_warpgroups(spec: AttentionSpec) -> bool:
     return ITEMSIZES[spec.dtype] == 2 and min(padded(spec.head_dim), padded(spec.head_dim_v)) >= 64
 
 
+def takes_warpgroups_backward(spec: AttentionSpec) -> bool:
+    """As :func:`takes_warpgroups`, of the backward's passes, which know panels that are half empty."""
+    return ITEMSIZES[spec.dtype] == 2 and min(padded(spec.head_dim), padded(spec.head_dim_v)) >= 32
+
+
 def backward_instances(spec: AttentionSpec, config: BackwardConfig) -> dict[str, Instance]:
     """The backward's kernels as this call compiles them."""
     e, ev, alpha = padded(spec.head_dim), padded(spec.head_dim_v), _ALPHA_CODES.get(spec.alpha_class, 0)
-    flags = ALIBI * spec.alibi | DROPOUT * spec.dropout
-    together = bool(config.warpgroups) and takes_warpgroups(spec)
+    flags, able = ALIBI * spec.alibi | DROPOUT * spec.dropout, takes_warpgroups_backward(spec)
     rows_flags = flags | ALPHA_GRAD * spec.alpha_requires_grad
+    rows, lists, keys = (
+        able and bool(wanted) for wanted in (config.rows_warpgroups, config.lists_warpgroups, config.keys_warpgroups)
+    )
+
+    def instance(kernel: str, tile: int, stages: int, of_kernel: int, together: bool, programs: int) -> Instance:
+        return Instance(kernel, spec.dtype, e, ev, alpha, tile, stages, of_kernel, together, programs)
+
     return {
-        "backward_rows": Instance("backward_rows", spec.dtype, e, ev, alpha, config.keys, config.stages, rows_flags, together),
-        "backward_keys": Instance("backward_keys", spec.dtype, e, ev, alpha, config.rows, 1 + together, flags, together),
+        "backward_lists": instance(
+            "backward_lists", config.list_keys, config.list_stages, rows_flags, lists, config.lists_programs
+        ),
+        "backward_rows": instance("backward_rows", config.keys, config.stages, rows_flags, rows, config.rows_programs),
+        "backward_keys": instance("backward_keys", config.rows, 1 + keys, flags, keys, config.keys_programs),
     }
 
 
@@ -145,13 +173,16 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
         config = replace(config, keys=16)
     if device.capability == (9, 0) and takes_marking(spec):
         stages = 6 if padded(spec.head_dim) <= 64 else 4
-        config = replace(config, mark_groups=2, mark_stages=stages, mark_split=2, mark_subtract=1, mark_ahead=0)
+        config = replace(
+            config, mark_groups=2, mark_stages=stages, mark_split=2, mark_subtract=1, mark_ahead=0, bound_warpgroups=1
+        )
     if not wide and width <= 128 and device.shared_memory >= 200 * 1024:
         # Room for three programs of forward_lists a multiprocessor, and two of forward_dense.
         config = replace(config, stages=3, dense_stages=5 if width <= 64 else 4)
     if device.capability == (9, 0) and takes_warpgroups(spec):
         plain = width <= 128 and padded(spec.head_dim) == padded(spec.head_dim_v) and not (spec.alibi or spec.dropout)
-        config = replace(config, warpgroups=1, keys=64 if plain else 32)  # beside what else registers hold
+        # Beside what else registers hold.
+        config = replace(config, lists_warpgroups=1, dense_warpgroups=1, keys=64 if plain else 32)
         # Two programs a multiprocessor. From four stages on forward_lists solves lists that its tiles hold.
         config = replace(config, stages=6) if width <= 64 else replace(config, stages=2, dense_stages=2)
     while _forward_bytes(spec, config) > _limit(device) and config.stages > 1:
@@ -165,16 +196,20 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
     """As :func:`default_forward`."""
     width = _width(spec)
     plain = spec.alpha_class in _ALPHA_CODES and not (spec.alibi or spec.dropout)
-    config = BackwardConfig(keys=32 if width <= 128 else 16, rows=64 if width <= 64 and plain else 32)
+    keys = 32 if width <= 128 else 16
+    config = BackwardConfig(keys=keys, list_keys=keys, rows=64 if width <= 64 and plain else 32)
     if spec.dtype == "float32":
         config = replace(config, rows=32 if width <= 64 else 16)
-    if device.capability == (9, 0) and takes_warpgroups(spec) and (plain or width <= 64):
-        # Two programs a multiprocessor; dK and dV over lists take 64 keys at a time.
-        config = replace(config, warpgroups=1, keys=64, stages=2 if width <= 64 else 1, rows=64 if plain else 32)
-    while _backward_bytes(spec, config) > _limit(device) and config.stages > 1:
-        config = replace(config, stages=1)
-    while _backward_bytes(spec, config) > _limit(device) and config.keys > 16:
-        config = replace(config, keys=config.keys // 2)
+    if device.capability == (9, 0) and takes_warpgroups_backward(spec) and (plain or width <= 64):
+        rows = 64 if plain else 32
+        config = replace(config, rows_warpgroups=1, keys=64, stages=2 if width <= 64 else 1, keys_warpgroups=1, rows=rows)
+        if width > 64:
+            # dK and dV over lists take 64 keys at a time. Narrower heads were measured faster without.
+            config = replace(config, lists_warpgroups=1, list_keys=64, list_stages=1)
+    while _rows_bytes(spec, config) > _limit(device) and config.stages > 1:
+        config = replace(config, stages=1, list_stages=1)
+    while _rows_bytes(spec, config) > _limit(device) and config.keys > 16:
+        config = replace(config, keys=config.keys // 2, list_keys=config.list_keys // 2)
     while _keys_bytes(spec, config) > _limit(device) and config.rows > 16:
         config = replace(config, rows=config.rows // 2)
     return config
@@ -189,8 +224,9 @@ def _forward_bytes(spec: AttentionSpec, config: ForwardConfig) -> int:
     return max(short, *(instance.shared_bytes for instance in forward_instances(spec, config).values()))
 
 
-def _backward_bytes(spec: AttentionSpec, config: BackwardConfig) -> int:
-    return backward_instances(spec, config)["backward_rows"].shared_bytes
+def _rows_bytes(spec: AttentionSpec, config: BackwardConfig) -> int:
+    instances = backward_instances(spec, config)
+    return max(instances["backward_lists"].shared_bytes, instances["backward_rows"].shared_bytes)
 
 
 def _keys_bytes(spec: AttentionSpec, config: BackwardConfig) -> int:
@@ -229,23 +265,53 @@ def _markings(base: ForwardConfig) -> Iterator[ForwardConfig]:
 
 
 def _without_warpgroups(base: ForwardConfig, width: int) -> Iterator[ForwardConfig]:
-    if base.warpgroups:
+    if base.mark_groups:
+        yield replace(base, bound_warpgroups=1 - base.bound_warpgroups)
+    if base.lists_warpgroups:
+        keys = 64 if width <= 64 else 32
+        yield replace(base, lists_warpgroups=0, keys=keys, stages=3)
         for stages, dense in ((3, 5), (2, 4)):
-            yield replace(base, warpgroups=0, keys=64 if width <= 64 else 32, stages=stages, dense_stages=dense)
+            yield replace(base, lists_warpgroups=0, dense_warpgroups=0, keys=keys, stages=stages, dense_stages=dense)
 
 
 def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[BackwardConfig]:
-    """As :func:`forward_space`."""
+    """As :func:`forward_space`: a pass at a time."""
     base, seen = default_backward(spec, device), set()
+    for config in (base, *_rows_choices(base), *_list_choices(spec, device, base), *_keys_choices(base)):
+        fit = max(_rows_bytes(spec, config), _keys_bytes(spec, config)) <= _limit(device)
+        if min(config.keys, config.list_keys, config.rows) >= 16 and fit and config not in seen:
+            seen.add(config)
+            yield config
+
+
+def _rows_choices(base: BackwardConfig) -> Iterator[BackwardConfig]:
     tiles = [(0, keys) for keys in (base.keys, base.keys * 2, base.keys // 2)]
-    for together, keys in [(1, 64), (0, 32), (0, 64)] if base.warpgroups else tiles:
-        for stages in (1, 2, 3):
-            for rows in (base.rows, base.rows // 2):
-                config = replace(base, keys=keys, stages=stages, rows=rows, warpgroups=together)
-                fit = max(_backward_bytes(spec, config), _keys_bytes(spec, config)) <= _limit(device)
-                if min(keys, rows) >= 16 and fit and config not in seen:
-                    seen.add(config)
-                    yield config
+    if base.rows_warpgroups:
+        tiles = [(1, 64), (1, 32), (0, 32), (0, 64)]
+        yield replace(base, keys=32, rows_programs=3)
+    for together, keys in tiles:
+        for stages in (1, 2):
+            yield replace(base, rows_warpgroups=together, keys=keys, stages=stages)
+
+
+def _list_choices(spec: AttentionSpec, device: DeviceInfo, base: BackwardConfig) -> Iterator[BackwardConfig]:
+    if device.capability == (9, 0) and takes_warpgroups_backward(spec):
+        for together, keys in ((0, 32), (1, 64)):
+            for stages in (1, 2, 3):
+                yield replace(base, lists_warpgroups=together, list_keys=keys, list_stages=stages)
+        yield replace(base, lists_warpgroups=1, list_keys=64, list_stages=2, lists_programs=3)
+    else:
+        for keys in (base.list_keys, base.list_keys * 2, base.list_keys // 2):
+            for stages in (1, 2, 3):
+                yield replace(base, list_keys=keys, list_stages=stages)
+
+
+def _keys_choices(base: BackwardConfig) -> Iterator[BackwardConfig]:
+    for rows in (base.rows, base.rows // 2):
+        for together in (base.keys_warpgroups, 0):
+            yield replace(base, keys_warpgroups=together, rows=rows)
+    if base.keys_warpgroups:
+        yield replace(base, keys_programs=3)
 
 
 def _spills(spec: AttentionSpec, keys: int, most: int) -> bool:

@@ -32,6 +32,7 @@ KERNELS = (
     "forward_lists",
     "forward_dense",
     "forward_short",
+    "backward_lists",
     "backward_rows",
     "backward_keys",
     "transform",
@@ -51,6 +52,7 @@ class Instance:
     stages: int = 2  # tiles in flight
     flags: int = 0
     warpgroup: bool = False  # whether a block's four warps multiply together: written for Hopper alone
+    programs: int = 0  # a multiprocessor, that registers must allow; 0: the kernel knows
 
     @property
     def threads(self) -> int:
@@ -73,15 +75,8 @@ class Instance:
         element = ELEMENTS[self.dtype]
         if self.kernel in ("key_max", "transform"):
             return f"{self.kernel}<{element}>"
-        shape = (
-            self.head_dim,
-            self.head_dim_v,
-            self.alpha,
-            self.tile,
-            self.stages,
-            self.flags,
-            *([1] if self.warpgroup else []),
-        )
+        more = [int(self.warpgroup), self.programs] if self.programs else [1] if self.warpgroup else []
+        shape = (self.head_dim, self.head_dim_v, self.alpha, self.tile, self.stages, self.flags, *more)
         return f"{self.kernel}<Shape<{element}, {', '.join(map(str, shape))}>>"
 
     @property
@@ -89,8 +84,8 @@ class Instance:
         """Dynamic shared memory of a block; of ``transform`` without its cache."""
         size = ITEMSIZES[self.dtype]
         # Bytes between rows: panels of 64 columns have none, but start at multiples of 1024.
-        gap, start = (0, 1024) if self.warpgroup else (16, 0)
-        row_k, row_v = self.head_dim * size + gap, self.head_dim_v * size + gap
+        gap, start, least = (0, 1024, 64) if self.warpgroup else (16, 0, 0)
+        row_k, row_v = max(self.head_dim, least) * size + gap, max(self.head_dim_v, least) * size + gap
         if self.kernel == "key_max":
             return 0
         if self.kernel == "transform":
@@ -107,7 +102,9 @@ class Instance:
         if self.kernel == "forward_select":
             return tiles + 4 * ROWS * 4
         if self.kernel == "backward_rows":
-            return tiles + ROWS * (row_v + 2 * (self.tile * size + gap))
+            return tiles + ROWS * row_v
+        if self.kernel == "backward_lists":
+            return tiles + ROWS * (row_v + 2 * (max(self.tile, least) * size + gap))
         return tiles
 
 

@@ -70,7 +70,8 @@ def forward(call: AttentionCall) -> ForwardResult:
 
 
 def backward(call: AttentionCall, grad_out: torch.Tensor, saved: Sequence[torch.Tensor]) -> Gradients:
-    """Launch the backward: blocks of rows first (dQ, and dK, dV over lists), then blocks of keys (the rest of dK and dV).
+    """Launch the backward: blocks of rows with lists (dQ, and their part of dK and dV), those without (dQ), and blocks of keys (the
+    rest of dK and dV).
 
     Raises
     ------
@@ -302,7 +303,9 @@ def _backward_program(call: AttentionCall, table: Table, refused: frozenset[Inst
     outputs.append(workspace.output())
     instances = _admitted(backward_instances(spec, config), refused)
     chunks = -(-max(head_dim, head_dim_v) // COLUMNS)
+    lists = [Step(instances["backward_lists"], (batch * heads * blocks,))] if zeroed is not None else []
     steps = [
+        *lists,
         Step(instances["backward_rows"], (batch * heads * blocks,)),
         Step(instances["backward_keys"], (-(-kv_len // KEYS) * batch * kv_heads, chunks)),
     ]

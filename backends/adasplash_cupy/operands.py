@@ -120,10 +120,11 @@ def _affine(call: AttentionCall) -> tuple[int, int, int]:
 
 
 def has_aligned_rows(x: torch.Tensor) -> bool:
-    """Whether rows are contiguous and start at multiples of 16 bytes, which the kernels copy at a time."""
+    """Whether rows are contiguous, start at multiples of 16 bytes, which the kernels copy at a time, and lie less than 4 GiB apart."""
     size = x.element_size()
     strides = [stride for stride, length in zip(x.stride()[:-1], x.shape[:-1], strict=True) if length > 1]
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides)
+    near = x.shape[-2] <= 1 or x.stride(-2) * size < 2**32
+    return near and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides)
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:

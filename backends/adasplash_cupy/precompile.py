@@ -25,7 +25,10 @@ def launched(spec: AttentionSpec, pass_: Pass, config: KernelConfig) -> list[Ins
     """What one pass of a call with this spec launches, if NVRTC compiles all of it."""
     if pass_ == "backward":
         assert isinstance(config, configs.BackwardConfig)
-        return list(configs.backward_instances(spec, config).values())
+        found = configs.backward_instances(spec, config)
+        if spec.deterministic or (spec.kv_len is not None and not configs.uses_lists(spec, spec.kv_len)):
+            del found["backward_lists"]
+        return list(found.values())
     assert isinstance(config, configs.ForwardConfig)
     assert spec.kv_len is not None
     if tile := configs.short_tile(spec, spec.kv_len):

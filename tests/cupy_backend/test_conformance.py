@@ -29,7 +29,7 @@ class _Listing(EmulatedCupyBackend):
     dtypes = frozenset({"float32"})
 
     def default_config(self, *_: Any) -> KernelConfig:
-        return ForwardConfig(keys=16, select_keys=64) if _[2] == "forward" else BackwardConfig(keys=16, rows=16)
+        return ForwardConfig(keys=16, select_keys=64) if _[2] == "forward" else BackwardConfig(keys=16, list_keys=16, rows=16)
 
     def tuning_space(self, *_: Any) -> tuple[()]:
         return ()
@@ -61,7 +61,9 @@ class _Warpgroups(EmulatedCupyBackend):
     dtypes = frozenset({"float16"})
 
     def default_config(self, *_: Any) -> KernelConfig:
-        return ForwardConfig(warpgroups=1, stages=4) if _[2] == "forward" else BackwardConfig(warpgroups=1, keys=64)
+        if _[2] == "forward":
+            return ForwardConfig(lists_warpgroups=1, dense_warpgroups=1, stages=4)
+        return BackwardConfig(keys=64, rows_warpgroups=1, list_keys=64, lists_warpgroups=1, keys_warpgroups=1)
 
     def tuning_space(self, *_: Any) -> tuple[()]:
         return ()

@@ -192,7 +192,7 @@ CASES: dict[str, Callable[[], AttentionCall]] = {
 }
 
 
-@pytest.mark.parametrize("config", [{}, SPLIT], ids=["fused", "subtracted"])
+@pytest.mark.parametrize("config", [{}, {**SPLIT, "bound_warpgroups": 1}], ids=["fused", "subtracted, the bound by warpgroups"])
 @pytest.mark.parametrize("name", CASES)
 def test_masks_layouts_and_dtypes(name: str, config: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     call = CASES[name]()

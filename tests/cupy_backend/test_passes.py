@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("_lists")
 def run(call: AttentionCall, **config: Any) -> tuple[ForwardResult, Gradients, torch.Tensor]:
     info = device_info("cpu")
     forward = dataclasses.replace(BACKEND.default_config(call.spec, info, "forward"), **config)
-    backward = dataclasses.replace(BACKEND.default_config(call.spec, info, "backward"), keys=16, rows=16)
+    backward = dataclasses.replace(BACKEND.default_config(call.spec, info, "backward"), keys=16, list_keys=16, rows=16)
     with poisoned_memory():
         found = BACKEND.forward(dataclasses.replace(call, config=forward))
         generator = torch.Generator().manual_seed(1)

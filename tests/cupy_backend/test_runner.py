@@ -19,7 +19,8 @@ from adasplash_cupy import binaries, instances, launch, nvrtc, runner, tensor_ma
 from adasplash_cupy.backend import CupyBackend
 from adasplash_cupy.configs import BackwardConfig, ForwardConfig
 from adasplash_cupy.instances import Instance, MarkInstance
-from adasplash_cupy.program import Address, Output, Program, Step, Zeroed
+from adasplash_cupy.operands import has_aligned_rows
+from adasplash_cupy.program import Address, Output, Program, Programs, Step, Zeroed
 from adasplash_cupy.tensor_maps import tensor_map
 from tests.cupy_backend.fake_machine import (
     DEVICE,
@@ -328,6 +329,13 @@ def test_misaligned_rows_are_copied_in_every_call(machine: Machine) -> None:
         assert given != value.data_ptr()
 
 
+@pytest.mark.parametrize(("stride", "far"), [(2**31, True), (2**31 - 8, False)])
+def test_rows_that_are_4_gib_apart_are_copied(stride: int, far: bool) -> None:
+    """Kernels find a row by 32-bit arithmetic."""
+    rows = torch.empty_strided((1, 1, 2, 64), (2 * stride, 2 * stride, stride, 1), dtype=torch.float16, device="meta")
+    assert has_aligned_rows(rows) != far
+
+
 def test_backward_hands_over_what_the_forward_kept(machine: Machine) -> None:
     backend, forward = CupyBackend(), call()
     found = backend.forward(forward)
@@ -335,7 +343,8 @@ def test_backward_hands_over_what_the_forward_kept(machine: Machine) -> None:
     machine.driver.filled.clear()
     grad_out = torch.randn_like(found.out)
     backend.backward(dataclasses.replace(forward, config=BackwardConfig()), grad_out, found.saved, None)
-    assert [x.symbol.partition("<")[0] for x in machine.driver.launched] == ["_Z_backward_rows", "_Z_backward_keys"]
+    launched = [x.symbol.partition("<")[0] for x in machine.driver.launched]
+    assert launched == ["_Z_backward_lists", "_Z_backward_rows", "_Z_backward_keys"]
     for launched in machine.driver.launched:
         assert launched.fields["d_out"] == grad_out.data_ptr()
         for name, x in zip(("o2", "m", "c", "blocks", "pool"), found.saved, strict=True):

@@ -4,7 +4,8 @@
 //
 // Starts from what backward_rows added by atomics (if lists were kept) and writes the gradients in their own dtype; with no lists at all
 // the result is the same bits in every run. Keys lie on the M side: p^T and ds^T are at once the left operands of the second products.
-// S::BN query rows are taken at a time, and with two stages the next are on their way meanwhile; wide heads are split over programs (block_y), which compute the same scores.
+// S::BN query rows are taken at a time, and with two stages the next are on their way meanwhile; wide heads are split over programs
+// (block_y), which compute the same scores.
 #include "ptx.cuh"
 #include "wgmma.cuh"
 #include "params.cuh"
@@ -58,22 +59,24 @@ struct KeysTiles {
     }
 };
 
-// Sums of lists' keys, where there are any.
+// d times factor, and the sums of lists' keys, where there are any.
 template <int C>
-DEVICE void load_sums(float (&d)[C][4], const float* sums, i64 first, int keys, int columns, int column) {
-    clear(d);
-    if (sums == nullptr) return;
+DEVICE void add_sums(float (&d)[C][4], float factor, const float* sums, i64 first, int keys, int columns, int column) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         int key = warp() * 16 + lane() / 4 + 8 * r;
-        if (key >= keys) continue;
 #pragma unroll
         for (int n = 0; n < C; ++n) {
             int at = column + n * 8 + lane() % 4 * 2;
-            if (at < columns) d[n][2 * r] = sums[(first + key) * columns + at], d[n][2 * r + 1] = sums[(first + key) * columns + at + 1];
+            Two more{0.f, 0.f};
+            if (sums != nullptr && key < keys && at < columns) more = *reinterpret_cast<const Two*>(sums + (first + key) * columns + at);
+            d[n][2 * r] = fmaf(d[n][2 * r], factor, more.x[0]);
+            d[n][2 * r + 1] = fmaf(d[n][2 * r + 1], factor, more.x[1]);
         }
     }
 }
+
+DEVICE Two pair_of(const float* of) { return *reinterpret_cast<const Two*>(of); }
 
 template <class T, int C>
 DEVICE void store_sums(T* to, const float (&d)[C][4], i64 stride, int keys, int columns, int column) {
@@ -95,6 +98,8 @@ backward_keys(PARAMS p) {
     using T = typename S::T;
     constexpr int RB = S::BN, MOST = key_columns<S>();
     constexpr int CK = (S::BE < MOST ? S::BE : MOST) / 8, CV = (S::BEV < MOST ? S::BEV : MOST) / 8;
+    // Wide heads lack the registers for a second form of the loop over entries, and for a row's state while it is on its way.
+    constexpr bool ROOM = S::BE + S::BEV <= 128;
     KeysTiles<S> shared;
     int key_blocks = (p.kv_len + KEYS - 1) / KEYS, kv_bh = ptx::block_x() / key_blocks;
     int kv_heads = p.heads / p.group, b = kv_bh / kv_heads, kv_head = kv_bh % kv_heads;
@@ -114,9 +119,9 @@ backward_keys(PARAMS p) {
         if (key[r] >= p.kv_len || (p.key_mask != nullptr && p.key_mask[b * p.key_mask_batch + key[r]] == 0)) key[r] = -1;
     }
     float d_k[CK][4], d_v[CV][4];
-    i64 kv_at = static_cast<i64>(kv_bh) * p.kv_len + first;
-    load_sums(d_k, p.dk_sum, kv_at, keys, p.head_dim, k_column);
-    load_sums(d_v, p.dv_sum, kv_at, keys, p.head_dim_v, v_column);
+    clear(d_k);
+    clear(d_v);
+    bool keys_open = p.key_mask == nullptr && keys == KEYS;  // no key is hidden from all rows
     Left<S, S::BE, false> k(shared.k);
     Left<S, S::BEV, false> v(shared.v);
     int first_block = 0, last_block = p.q_blocks;
@@ -137,74 +142,124 @@ backward_keys(PARAMS p) {
         }
         bool dropout = S::is(DROPOUT) && p.seed != nullptr, biased = S::is(ALIBI) && p.slopes != nullptr;
         int until = last_block * ROWS < p.q_len ? last_block * ROWS : p.q_len;
+        // Lengths of the lists of the rows that find() looks at next, on their way while it is not asked.
+        auto listed = [&](int row) { return blocks != nullptr && row < until ? blocks[2 * (row / ROWS) + 1] : -1; };
+        int ahead = listed(first_block * ROWS);
         // The first rows from `row` on that want some key. All threads are done with the rows before when there are some.
         auto find = [&](int row) {
             for (; row < until; row += RB) {
-                if (blocks != nullptr && blocks[2 * (row / ROWS) + 1] >= 0) continue;
-                bool wanted = false;
-                if (ptx::thread() < RB) {
-                    Interval seen = interval(p, b, row + ptx::thread());
-                    wanted = seen.lo < seen.hi && seen.hi > first && seen.lo < first + KEYS;
+                int length = ahead;
+                ahead = listed(row + RB);
+                if (length >= 0) continue;
+                if (p.lo == nullptr) {
+                    // Intervals only move to the right from row to row.
+                    int last = (row + RB < until ? row + RB : until) - 1;
+                    if (interval(p, b, last).hi > first && interval(p, b, row).lo < first + KEYS) break;
+                } else {
+                    bool wanted = false;
+                    if (ptx::thread() < RB) {
+                        Interval seen = interval(p, b, row + ptx::thread());
+                        wanted = seen.lo < seen.hi && seen.hi > first && seen.lo < first + KEYS;
+                    }
+                    if (ptx::sync_any(wanted)) break;
                 }
-                if (ptx::sync_any(wanted)) break;
             }
             return row;
+        };
+        // Whether all rows of a tile see all keys.
+        auto open = [&](int row) {
+            return keys_open && p.lo == nullptr && row + RB <= p.q_len && interval(p, b, row + RB - 1).lo <= first &&
+                   interval(p, b, row).hi >= first + KEYS;
         };
         auto copy = [&](int row, int stage) {
             if (row < until) {
                 T *q = shared.q + stage * S::KTile::SIZE, *d_out = shared.d_out + stage * S::VTile::SIZE;
                 copy_rows<T, S::BE, RB, S::WARPGROUP>(q, x.q(), p.q_row, p.head_dim, row, p.q_len);
                 copy_rows<T, S::BEV, RB, S::WARPGROUP>(d_out, x.d_out(), p.d_out_row, p.head_dim_v, row, p.q_len);
-                if (ptx::thread() < RB) {
-                    int of_row = row + ptx::thread(), i = stage * RB + ptx::thread();
-                    bool inside = of_row < p.q_len;
-                    i64 at = static_cast<i64>(bh) * p.q_len + of_row;
-                    Point point = x.entmax.point(inside ? p.m[at] : 0.f, inside ? p.c[at] : 0.f);
-                    shared.m[i] = point.m, shared.c[i] = point.c, shared.e[i] = point.e;
-                    shared.delta[i] = inside ? p.delta[at] : 0.f;
-                    Interval seen = interval(p, b, of_row);
-                    shared.lo[i] = seen.lo, shared.hi[i] = seen.hi, shared.diag[i] = seen.diag;
-                }
             }
             ptx::commit_copies();
         };
+        // A row's state, a thread each: loaded as early as the copies start, and stored when it had the time to arrive.
+        struct {
+            float m, c, delta;
+        } of_row;
+        auto load = [&](int row) {
+            int own = row + ptx::thread();
+            bool inside = ptx::thread() < RB && own < until;
+            i64 at = static_cast<i64>(bh) * p.q_len + own;
+            of_row.m = inside ? p.m[at] : 0.f, of_row.c = inside ? p.c[at] : 0.f, of_row.delta = inside ? p.delta[at] : 0.f;
+        };
+        auto store = [&](int row, int stage) {
+            if (ptx::thread() >= RB) return;
+            int i = stage * RB + ptx::thread();
+            Point point = x.entmax.point(of_row.m, of_row.c);
+            shared.m[i] = point.m, shared.c[i] = point.c, shared.e[i] = point.e;
+            shared.delta[i] = of_row.delta;
+            Interval seen = interval(p, b, row + ptx::thread());
+            shared.lo[i] = seen.lo, shared.hi[i] = seen.hi, shared.diag[i] = seen.diag;
+        };
         int row = find(first_block * ROWS), next = row, stage = 0;
-        if (S::STAGES > 1) copy(row, 0);
+        if (S::STAGES > 1) {
+            ptx::sync();  // the head before is done with
+            copy(row, 0);
+            load(row);
+            store(row, 0);
+        }
         for (; row < until; row = next) {
+            if (S::STAGES == 1) {
+                copy(row, 0);
+                load(row);
+                store(row, 0);
+            }
+            land_copies<S, 0>();
+            bool huge = ptx::sync_any(ROOM && !(fabsf(of_row.m) < 1e4f));  // an m that would cost c its digits
             if (S::STAGES > 1) {
                 next = find(row + RB);
                 copy(next, stage ^ 1);
-            } else {
-                copy(row, 0);
+                load(next);
+                if (!ROOM && next < until) store(next, stage ^ 1);
             }
-            land_copies<S, S::STAGES - 1>();
-            ptx::sync();
             const T *q = shared.q + stage * S::KTile::SIZE, *d_out = shared.d_out + stage * S::VTile::SIZE;
             float a[RB / 8][4], dp[RB / 8][4];
             open_products<S>();
             multiply_left(a, k, q);
             multiply_left(dp, v, d_out);
             close_products<S>(a, dp);
+            bool whole = ROOM && open(row) && !biased && !huge;
             x.entmax.choose([&](auto chosen) {
+                auto take = [&](auto weigh) {
 #pragma unroll
-                for (int n = 0; n < RB / 8; ++n)
+                    for (int n = 0; n < RB / 8; ++n) {
+                        int in_tile = n * 8 + lane() % 4 * 2, at = stage * RB + in_tile;
+                        Two m = pair_of(shared.m + at), c = pair_of(shared.c + at), e = pair_of(shared.e + at);
+                        Two delta = pair_of(shared.delta + at);
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        int in_tile = n * 8 + lane() % 4 * 2 + i % 2, at = stage * RB + in_tile, j = key[i / 2];
-                        float score = a[n][i] * x.x_scale;
+                        for (int i = 0; i < 4; ++i) {
+                            int j = i % 2;
+                            float keep = 1.f, weight, u;
+                            if (S::is(DROPOUT) && dropout)
+                                keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + in_tile + j, key[i / 2], bh);
+                            weigh(a[n][i], Point{m.x[j], c.x[j], e.x[j]}, at + j, key[i / 2], weight, u);
+                            dp[n][i] = score_gradient<S::is(DROPOUT)>(dp[n][i], keep, delta.x[j], u, weight);
+                            a[n][i] = weight;
+                        }
+                    }
+                };
+                if (whole) {
+                    take([&](float y, const Point& of, int, int, float& weight, float& u) {
+                        chosen.weigh_product(y, x.x_scale, of, weight, u);
+                    });
+                } else {
+                    take([&](float y, const Point& of, int at, int j, float& weight, float& u) {
+                        float score = y * x.x_scale;
                         if (S::is(ALIBI) && biased) {
                             int distance = shared.diag[at] - j;
                             score -= x.slope * static_cast<float>(distance < 0 ? -distance : distance);
                         }
                         if (j < shared.lo[at] || j >= shared.hi[at]) score = -INFINITE;
-                        float keep = 1.f;
-                        if (S::is(DROPOUT) && dropout) keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + in_tile, j, bh);
-                        Point point{shared.m[at], shared.c[at], shared.e[at]};
-                        float weight, ds, u;
-                        score_gradient(chosen, score, point, dp[n][i], keep, shared.delta[at], ds, weight, u);
-                        a[n][i] = weight;
-                        dp[n][i] = ds * p.scale;
-                    }
+                        chosen.weigh(score, of, weight, u);
+                    });
+                }
             });
             if constexpr (S::WARPGROUP) {
                 Weights<T, RB / 8> weights, ds;
@@ -234,11 +289,19 @@ backward_keys(PARAMS p) {
                     multiply_weights<T, S::PK>(d_k, part, q + n * 8 * S::PK + k_column);
                 }
             }
-            if (S::STAGES > 1) stage ^= 1;
-            else next = find(row + RB);
+            if (S::STAGES > 1) {
+                stage ^= 1;
+                if (ROOM && next < until) store(next, stage);
+            } else {
+                next = find(row + RB);
+                ptx::sync();
+            }
         }
     }
     ptx::wait_copies<0>();
+    i64 kv_at = static_cast<i64>(kv_bh) * p.kv_len + first;
+    add_sums(d_k, p.scale, p.dk_sum, kv_at, keys, p.head_dim, k_column);
+    add_sums(d_v, 1.f, p.dv_sum, kv_at, keys, p.head_dim_v, v_column);
     T* to_k = static_cast<T*>(p.d_k) + b * p.d_k_batch + kv_head * p.d_k_head + first * p.d_k_row;
     T* to_v = static_cast<T*>(p.d_v) + b * p.d_v_batch + kv_head * p.d_v_head + first * p.d_v_row;
     if (column < S::BE) store_sums(to_k, d_k, p.d_k_row, keys, p.head_dim, k_column);

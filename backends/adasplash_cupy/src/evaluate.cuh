@@ -83,16 +83,22 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
     for (int r = 0; r < 2; ++r) f[r] = row_sum(f[r]), s[r] = row_sum(s[r]), top[r] = SUMS ? row_sum(top[r]) : row_max(top[r]);
 }
 
-// The sum over the block's rows of what each of their quads of lanes has.
-DEVICE float block_sum(float x, int* scratch) {
+// Sums over the block's rows of what each of their quads of lanes has. `scratch` was read by all before the last sync(), and must not be
+// written before the next.
+template <int N>
+DEVICE void block_sums(float (&x)[N], int* scratch) {
     float* sums = reinterpret_cast<float*>(scratch);
-    for (int i = 4; i < 32; i *= 2) x += ptx::shuffle_xor(x, i);
-    if (lane() == 0) sums[warp()] = x;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        for (int i = 4; i < 32; i *= 2) x[k] += ptx::shuffle_xor(x[k], i);
+        if (lane() == 0) sums[k * WARPS + warp()] = x[k];
+    }
     ptx::sync();
-    x = 0.f;
-    for (int w = 0; w < WARPS; ++w) x += sums[w];
-    ptx::sync();
-    return x;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        x[k] = 0.f;
+        for (int w = 0; w < WARPS; ++w) x[k] += sums[k * WARPS + w];
+    }
 }
 
 // A guess of tau for rows that walk all keys: Newton's steps over an estimate of their sums, from c, which stands for a lower bound of tau, and
@@ -110,17 +116,17 @@ DEVICE void guess(const Block<S>& x, const Shared& shared, const float (&m)[2], 
 #pragma unroll 1
     for (int step = 0; step < GUESS_STEPS; ++step) {
         Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
-        float f[2], s[2], top[2], off = 0.f, live = 0.f;
+        float f[2], s[2], top[2], sums[2] = {0.f, 0.f};  // of |f - 1|, and how many
         evaluate<true, false>(x, shared, keys, at, f, s, top);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             // Where m is huge, c is too coarse for the above.
             if (!(s[r] > 0.f && fabsf(m[r]) < 1e3f)) continue;
-            off += fminf(fabsf(f[r] - 1.f), 1e30f), live += 1.f;
+            sums[0] += fminf(fabsf(f[r] - 1.f), 1e30f), sums[1] += 1.f;
             c[r] = fminf(bound[r], x.entmax.newton(c[r], f[r], s[r]));
         }
-        off = block_sum(off, shared.scratch), live = block_sum(live, shared.scratch);
-        if (!(off > GUESSED * live)) break;
+        block_sums(sums, shared.scratch);
+        if (!(sums[0] > GUESSED * sums[1])) break;
     }
 }
 

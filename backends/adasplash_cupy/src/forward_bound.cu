@@ -17,9 +17,9 @@ forward_bound(PARAMS p) {
     Tiles<S> shared(false);
     int bh = ptx::block_x() / p.q_blocks, block = p.q_blocks - 1 - ptx::block_x() % p.q_blocks;
     Block<S> x(p, bh, block);
-    copy_rows<T, S::BE, ROWS>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
+    copy_rows<T, S::BE, ROWS, S::WARPGROUP>(shared.q, x.q(), p.q_row, p.head_dim, block * ROWS, p.q_len);
     ptx::commit_copies();
-    ptx::wait_copies<0>();
+    land_copies<S, 0>();
     x.find_rows(shared.scratch);  // syncs
     float k_max = largest_key(x), margin[2], t[2];
     sampled_bound(x, shared, t);

@@ -5,14 +5,12 @@
 // in score units (AdaSplash, arXiv 2502.12082, App. A). A dropped entry is absent from O2, dp and the p of dV, and stays in u.
 #pragma once
 
-// (ds, p as dV needs it, u) of an entry with x, dp = dO . V; `keep` is 1 without dropout. `chosen`: of Entmax::choose.
-template <class Chosen>
-DEVICE void score_gradient(const Chosen& chosen, float x, const Point& at, float dp, float keep, float delta, float& ds, float& p,
-                           float& u) {
-    chosen.weigh(x, at, p, u);
+// ds of an entry from its u, p and dp = dO . V; p becomes what dV needs. `keep` counts where DROPS alone.
+template <bool DROPS>
+DEVICE float score_gradient(float dp, float keep, float delta, float u, float& p) {
+    if (DROPS) p = p == 0.f ? 0.f : p * keep;
     // Not merely u * (...): beside a key that does not exist, whatever its memory holds, 0 must stay 0.
-    ds = u == 0.f ? 0.f : u * (dp * keep - delta);
-    p = p == 0.f ? 0.f : p * keep;
+    return u == 0.f ? 0.f : u * ((DROPS ? dp * keep : dp) - delta);
 }
 
 // d alpha of a row, with L = ln p, g = (e^(-h L) - 1 + h L) / h^2 and S = sum u (Correia et al. 2019, without its cancellation at h = 0):

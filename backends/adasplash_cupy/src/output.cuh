@@ -194,7 +194,8 @@ DEVICE void store_states(const Block<S>& x, const Sums<S>& sums, const float (&m
         if (x.row[r] >= p.q_len) continue;
         i64 at = x.row_at(r);
         bool live = x.some(r) && sums.p[r] > 0.f;
-        if (S::is(GRAD) && p.o2 != nullptr) p.m[at] = m[r], p.c[at] = c[r];
+        // O is divided by sum p, which the backward's p are not: for these, the step from the sums at hand.
+        if (S::is(GRAD) && p.o2 != nullptr) p.m[at] = m[r], p.c[at] = x.entmax.newton(c[r], sums.p[r], sums.u[r]);
         if (p.tau != nullptr) {
             p.tau[at] = live ? x.entmax.tau(m[r], c[r]) : 0.f;
             p.support[at] = live ? sums.support[r] : 0;

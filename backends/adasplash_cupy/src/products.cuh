@@ -21,7 +21,7 @@ DEVICE constexpr int pitch(int columns) {
 // elements) of row r in the place of chunk c ^ r % 8: eight rows of a chunk lie in different banks then too.
 template <class T, int D, int R, bool PANELS>
 struct Layout {
-    static constexpr int SIZE = R * (PANELS ? D : pitch<T>(D)), PANEL = R * 64;  // elements
+    static constexpr int SIZE = R * (PANELS ? (D + 63) / 64 * 64 : pitch<T>(D)), PANEL = R * 64;  // elements
     DEVICE static int at(int row, int column) {
         if (!PANELS) return row * pitch<T>(D) + column;
         return column / 64 * PANEL + row * 64 + ((column / 8 ^ row) % 8) * 8 + column % 8;

@@ -239,5 +239,16 @@ DEVICE void add_pair(float* p, float x, float y) {
     atomicAdd(p + 1, y);
 #endif
 }
+// p[0 ... 3] += x where ADDS_FOUR; p is aligned to 16 bytes.
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool ADDS_FOUR = true;
+DEVICE void add_four(float* p, const float (&x)[4]) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
+}
+#else
+inline constexpr bool ADDS_FOUR = false;
+DEVICE void add_four(float*, const float (&)[4]) {}
+#endif
 
 }  // namespace ptx

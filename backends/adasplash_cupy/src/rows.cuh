@@ -9,16 +9,17 @@ inline constexpr int OPEN = 1 << 30;  // no bound
 // What a block of rows has in place of a list's length.
 enum Entry { EVERY_KEY = -1, FINISHED = -2 };
 
-// One instantiation: element type, padded head dims, what is known of alpha, keys a tile, tiles in flight, Flags, and whether the four
-// warps of a block multiply together, as a warpgroup (sm_90a).
-template <class T_, int BE_, int BEV_, int ALPHA_, int BN_, int STAGES_, int FLAGS_, int WARPGROUP_ = 0>
+// One instantiation: element type, padded head dims, what is known of alpha, keys a tile, tiles in flight, Flags, whether the four warps
+// of a block multiply together, as a warpgroup (sm_90a), and programs a multiprocessor that registers must allow (0: the pass knows).
+template <class T_, int BE_, int BEV_, int ALPHA_, int BN_, int STAGES_, int FLAGS_, int WARPGROUP_ = 0, int PROGRAMS_ = 0>
 struct Shape {
     using T = T_;
-    static constexpr int BE = BE_, BEV = BEV_, ALPHA = ALPHA_, BN = BN_, STAGES = STAGES_, FLAGS = FLAGS_;
+    static constexpr int BE = BE_, BEV = BEV_, ALPHA = ALPHA_, BN = BN_, STAGES = STAGES_, FLAGS = FLAGS_,
+                         PROGRAMS = PROGRAMS_;
     static constexpr int PK = pitch<T>(BE), PV = pitch<T>(BEV);  // of rows of Q and K, and of V and dO
     static constexpr int NT = BN / 8;                            // tiles of 8 keys
     static constexpr bool WARPGROUP = WARPGROUP_ != 0;
-    static_assert(!WARPGROUP || (BE % 64 == 0 && BEV % 64 == 0 && sizeof(T) == 2), "panels of 64 columns of 16 bits");
+    static_assert(!WARPGROUP || (BE >= 32 && BEV >= 32 && sizeof(T) == 2), "panels of 64 columns of 16 bits, the only one half empty");
     using QTile = Layout<T, BE, ROWS, WARPGROUP>;                // of Q, dO, K and V in shared memory
     using OTile = Layout<T, BEV, ROWS, WARPGROUP>;
     using KTile = Layout<T, BE, BN, WARPGROUP>;
@@ -29,6 +30,7 @@ struct Shape {
 // Programs a multiprocessor that registers must allow: `plain` where a program needs few, else as many as may be.
 template <class S>
 DEVICE constexpr int programs(int plain) {
+    if (S::PROGRAMS != 0) return S::PROGRAMS;
     bool few = sizeof(typename S::T) == 2 && S::BE <= 64 && S::BEV <= 64 && S::ALPHA != 0 && (S::FLAGS & ~GRAD) == 0;
     return !few ? 1 : plain < ptx::MOST_PROGRAMS ? plain : ptx::MOST_PROGRAMS;
 }
@@ -134,12 +136,21 @@ DEVICE void each_chunk(Place&& place) {
     }
 }
 
+// Copies what columns `column` ... of row `row` hold to shared memory, or zeros where not `there`. Rows are less than 4 GiB apart (the host
+// sees to it): one instruction finds a row.
+template <class T>
+DEVICE void copy_chunk(T* to, const T* from, i64 stride, int columns, int row, int column, bool there) {
+    bool within = column < columns;
+    const u8* first = reinterpret_cast<const u8*>(from + (within ? column : 0));
+    u64 below = static_cast<u64>(static_cast<u32>(there ? row : 0)) * static_cast<u32>(stride * static_cast<int>(sizeof(T)));
+    ptx::copy_16(to, first + below, there && within);
+}
+
 // Rows first .. first + N of a (length, columns) matrix with contiguous columns, as N x D in shared memory; zeros elsewhere.
 template <class T, int D, int N, bool PANELS = false>
 DEVICE void copy_rows(T* to, const T* from, i64 stride, int columns, int first, int length) {
     each_chunk<T, D, N, PANELS>([&](int r, int column) {
-        bool there = first + r < length && column < columns;
-        ptx::copy_16(to + Layout<T, D, N, PANELS>::at(r, column), there ? from + (first + r) * stride + column : from, there);
+        copy_chunk(to + Layout<T, D, N, PANELS>::at(r, column), from, stride, columns, first + r, column, first + r < length);
     });
 }
 
@@ -148,8 +159,7 @@ template <class T, int D, int N, bool PANELS = false>
 DEVICE void gather_rows(T* to, const T* from, i64 stride, int columns, const int* index) {
     each_chunk<T, D, N, PANELS>([&](int r, int column) {
         int key = index[r];
-        bool there = key >= 0 && column < columns;
-        ptx::copy_16(to + Layout<T, D, N, PANELS>::at(r, column), there ? from + key * stride + column : from, there);
+        copy_chunk(to + Layout<T, D, N, PANELS>::at(r, column), from, stride, columns, key, column, key >= 0);
     });
 }
 

@@ -136,36 +136,45 @@ struct Tiles {
     }
 };
 
+// The rows of a tile whose indices are there; a group of copies, empty beyond the last tile.
+template <class S, class Shared>
+DEVICE void copy_tile(const Block<S>& x, const Shared& shared, int tile, int tiles, bool values) {
+    if (tile < tiles) {
+        const int* index = shared.index + tile % Shared::SLOTS * S::BN;
+        int stage = tile % S::STAGES;
+        gather_rows<typename S::T, S::BE, S::BN, S::WARPGROUP>(shared.k + stage * Shared::K_SIZE, x.k, x.p.k_row, x.p.head_dim, index);
+        if (values)
+            gather_rows<typename S::T, S::BEV, S::BN, S::WARPGROUP>(shared.v + stage * Shared::V_SIZE, x.v, x.p.v_row, x.p.head_dim_v, index);
+    }
+    ptx::commit_copies();
+}
+
+// Starts the copies of the first STAGES - 1 tiles, a group each: what else a pass must wait for comes between this and walk_tiles().
+template <class S, class Shared, class Keys>
+DEVICE void start_tiles(const Block<S>& x, const Shared& shared, const Keys& keys, bool values) {
+    static_assert(S::BN <= THREADS, "a thread a key");
+    int tiles = keys.tiles(), me = ptx::thread();
+    if (me < S::BN)
+        for (int tile = 0; tile < S::STAGES && tile < tiles; ++tile) shared.index[tile * S::BN + me] = keys.key(tile, me);
+    ptx::sync();
+    for (int tile = 0; tile < S::STAGES - 1; ++tile) copy_tile(x, shared, tile, tiles, values);
+}
+
 // body(tile, K rows, V rows, indices, whether every row sees every key of the tile); where MEANWHILE also what starts the next copies: to
-// be called once, when the tile's products are under way.
+// be called once, when the tile's products are under way. After start_tiles(), and no other copies since.
 template <bool MEANWHILE = false, class S, class Shared, class Keys, class Body>
-DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys, bool values, Body&& body) {
+DEVICE void walk_tiles(const Block<S>& x, const Shared& shared, const Keys& keys, bool values, Body&& body) {
     constexpr int AHEAD = S::STAGES, SLOTS = Shared::SLOTS;
     int tiles = keys.tiles(), me = ptx::thread();
-    static_assert(S::BN <= THREADS, "a thread a key");
-    auto copy = [&](int tile) {
-        if (tile < tiles) {
-            const int* index = shared.index + tile % SLOTS * S::BN;
-            int stage = tile % S::STAGES;
-            gather_rows<typename S::T, S::BE, S::BN, S::WARPGROUP>(shared.k + stage * Shared::K_SIZE, x.k, x.p.k_row, x.p.head_dim, index);
-            if (values)
-                gather_rows<typename S::T, S::BEV, S::BN, S::WARPGROUP>(shared.v + stage * Shared::V_SIZE, x.v, x.p.v_row, x.p.head_dim_v, index);
-        }
-        ptx::commit_copies();
-    };
-    if (me < S::BN)
-        for (int tile = 0; tile < AHEAD && tile < tiles; ++tile) shared.index[tile * S::BN + me] = keys.key(tile, me);
-    ptx::sync();
-    for (int tile = 0; tile < AHEAD - 1; ++tile) copy(tile);
     for (int tile = 0; tile < tiles; ++tile) {
         if constexpr (S::STAGES == 1) {
-            copy(tile);
+            copy_tile(x, shared, tile, tiles, values);
             land_copies<S, 0>();
             ptx::sync();
         } else {
             land_copies<S, S::STAGES - 2>();
             ptx::sync();
-            if constexpr (!MEANWHILE) copy(tile + AHEAD - 1);
+            if constexpr (!MEANWHILE) copy_tile(x, shared, tile + AHEAD - 1, tiles, values);
         }
         // A tile earlier than its copies start: those wait for their indices.
         bool more = me < S::BN && tile + AHEAD < tiles;
@@ -176,7 +185,7 @@ DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys,
         bool whole = seen_by_all(x, index);
         if constexpr (MEANWHILE) {
             body(tile, k, v, index, whole, [&] {
-                if constexpr (S::STAGES > 1) copy(tile + AHEAD - 1);
+                if constexpr (S::STAGES > 1) copy_tile(x, shared, tile + AHEAD - 1, tiles, values);
             });
         } else {
             body(tile, k, v, index, whole);
@@ -185,6 +194,12 @@ DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys,
         if constexpr (S::STAGES == 1) ptx::sync();
     }
     ptx::sync();
+}
+
+template <bool MEANWHILE = false, class S, class Shared, class Keys, class Body>
+DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys, bool values, Body&& body) {
+    start_tiles(x, shared, keys, values);
+    walk_tiles<MEANWHILE>(x, shared, keys, values, body);
 }
 
 template <bool MEANWHILE = false, class S, class Shared, class Body>

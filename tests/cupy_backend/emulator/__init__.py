@@ -101,7 +101,7 @@ def merged(instance: Instance) -> Instance:
         return Instance(instance.kernel, instance.dtype)
     if isinstance(instance, MarkInstance):
         return instance
-    return replace(instance, alpha=instance.alpha if instance.head_dim == 64 else 0, flags=ALL_FLAGS)
+    return replace(instance, alpha=instance.alpha if instance.head_dim == 64 else 0, flags=ALL_FLAGS, programs=0)
 
 
 def shared_bytes(instance: Instance) -> int:
@@ -122,7 +122,8 @@ _LAYOUTS = {
     "forward_lists": "Tiles<SHAPE>::bytes(true)",
     "forward_dense": "Tiles<SHAPE>::bytes(true)",
     "forward_short": "ShortTiles<SHAPE>::bytes()",
-    "backward_rows": "RowsTiles<SHAPE>::bytes()",
+    "backward_lists": "RowsTiles<SHAPE, true>::bytes()",
+    "backward_rows": "RowsTiles<SHAPE, false>::bytes()",
     "backward_keys": "KeysTiles<SHAPE>::bytes()",
 }
 

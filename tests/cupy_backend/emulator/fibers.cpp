@@ -298,6 +298,11 @@ void copy_16(void* to, const void* from, bool there) {
     me.copies.push_back({to, from, there, me.groups});
 }
 
+void add_four(float* p, const float (&x)[4]) {
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return fail("four atomic additions are not aligned", *static_cast<Thread*>(current));
+    for (int i = 0; i < 4; ++i) p[i] += x[i];
+}
+
 void commit_copies() { ++static_cast<Thread*>(current)->groups; }
 
 void wait_copies(int pending) {

@@ -45,6 +45,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 void copy_16(void* to, const void* from, bool there);
 void commit_copies();
 void wait_copies(int pending);
+void add_four(float* p, const float (&x)[4]);
 float half_to_float(uint16_t x);
 uint16_t float_to_half(float x);
 

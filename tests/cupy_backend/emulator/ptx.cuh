@@ -135,5 +135,7 @@ DEVICE void add_pair(float* p, float x, float y) {
     p[0] += x;
     p[1] += y;
 }
+inline constexpr bool ADDS_FOUR = true;
+DEVICE void add_four(float* p, const float (&x)[4]) { fibers::add_four(p, x); }
 
 }  // namespace ptx
