@@ -5,7 +5,8 @@
 
 With each attention the model trains from the same weights on the same batches. Near the start, and again after --steps steps (rows get
 sparse while it learns), a few steps are timed and a few are profiled with torch.profiler. "entmax 1.5" has a number for its alpha, and
-kernels made for it; "annealed 1.25" has an alpha on the device, as an AlphaSchedule keeps it half way to 1.5. Kernels are told apart by their names. On a CPU operators take the place of kernels: a trial of the script, no more.
+kernels made for it; "annealed 1.25" has an alpha on the device, as an AlphaSchedule keeps it half way to 1.5. Kernels are told apart by
+their names. On a CPU operators take the place of kernels: a trial of the script, no more.
 The texts are those of language_modelling.py (with --model those of continued_training.py): --tokens FILE.npz is what it prepared.
 """
 

@@ -20,7 +20,7 @@ from adasplash_cupy.backend import CupyBackend
 from adasplash_cupy.configs import BackwardConfig, ForwardConfig
 from adasplash_cupy.instances import Instance, MarkInstance
 from adasplash_cupy.operands import has_aligned_rows
-from adasplash_cupy.program import Address, Output, Program, Programs, Step, Zeroed
+from adasplash_cupy.program import Address, Output, Program, Step, Zeroed
 from adasplash_cupy.tensor_maps import tensor_map
 from tests.cupy_backend.fake_machine import (
     DEVICE,
