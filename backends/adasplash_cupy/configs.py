@@ -203,9 +203,11 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
     if device.capability == (9, 0) and takes_warpgroups_backward(spec) and (plain or width <= 64):
         rows = 64 if plain else 32
         config = replace(config, rows_warpgroups=1, keys=64, stages=2 if width <= 64 else 1, keys_warpgroups=1, rows=rows)
-        if width > 64:
-            # dK and dV over lists take 64 keys at a time. Narrower heads were measured faster without.
+        if plain:  # dK and dV over lists take 64 keys at a time
             config = replace(config, lists_warpgroups=1, list_keys=64, list_stages=1)
+        if plain and width <= 64:
+            short = 0 < (spec.kv_len or 0) <= short_length(spec.head_dim, spec.head_dim_v)
+            config = replace(config, list_stages=2, lists_programs=3, keys_programs=3 if short else 0)
     while _rows_bytes(spec, config) > _limit(device) and config.stages > 1:
         config = replace(config, stages=1, list_stages=1)
     while _rows_bytes(spec, config) > _limit(device) and config.keys > 16:

@@ -113,7 +113,7 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
     row = _bytes_per_row(spec)
     if row <= 128:
         config = ForwardConfig()
-        if (spec.q_len or 0) >= 16384:  # enough blocks to fill the GPU three at a time
+        if (spec.batch or 1) * spec.heads * (spec.q_len or 0) >= 4096 * LIST_ROWS:  # enough blocks to run three at a time
             config = replace(config, list_registers=168)
     elif row <= 256:
         config = ForwardConfig(list_keys_on_chip=64, dense_stages=2)

@@ -137,20 +137,25 @@ DEVICE void each_chunk(Place&& place) {
 }
 
 // Copies what columns `column` ... of row `row` hold to shared memory, or zeros where not `there`. Rows are less than 4 GiB apart (the host
-// sees to it): one instruction finds a row.
-template <class T>
+// sees to it): in PANELS one instruction finds a row. What that holds in registers is too much beside the sums of 64 columns by warps.
+template <bool PANELS, class T>
 DEVICE void copy_chunk(T* to, const T* from, i64 stride, int columns, int row, int column, bool there) {
     bool within = column < columns;
-    const u8* first = reinterpret_cast<const u8*>(from + (within ? column : 0));
-    u64 below = static_cast<u64>(static_cast<u32>(there ? row : 0)) * static_cast<u32>(stride * static_cast<int>(sizeof(T)));
-    ptx::copy_16(to, first + below, there && within);
+    if constexpr (PANELS) {
+        const u8* first = reinterpret_cast<const u8*>(from + (within ? column : 0));
+        u64 below = static_cast<u64>(static_cast<u32>(there ? row : 0)) * static_cast<u32>(stride * static_cast<int>(sizeof(T)));
+        ptx::copy_16(to, first + below, there && within);
+    } else {
+        there = there && within;
+        ptx::copy_16(to, there ? from + row * stride + column : from, there);
+    }
 }
 
 // Rows first .. first + N of a (length, columns) matrix with contiguous columns, as N x D in shared memory; zeros elsewhere.
 template <class T, int D, int N, bool PANELS = false>
 DEVICE void copy_rows(T* to, const T* from, i64 stride, int columns, int first, int length) {
     each_chunk<T, D, N, PANELS>([&](int r, int column) {
-        copy_chunk(to + Layout<T, D, N, PANELS>::at(r, column), from, stride, columns, first + r, column, first + r < length);
+        copy_chunk<PANELS>(to + Layout<T, D, N, PANELS>::at(r, column), from, stride, columns, first + r, column, first + r < length);
     });
 }
 
@@ -159,7 +164,7 @@ template <class T, int D, int N, bool PANELS = false>
 DEVICE void gather_rows(T* to, const T* from, i64 stride, int columns, const int* index) {
     each_chunk<T, D, N, PANELS>([&](int r, int column) {
         int key = index[r];
-        copy_chunk(to + Layout<T, D, N, PANELS>::at(r, column), from, stride, columns, key, column, key >= 0);
+        copy_chunk<PANELS>(to + Layout<T, D, N, PANELS>::at(r, column), from, stride, columns, key, column, key >= 0);
     });
 }
 
