@@ -78,8 +78,8 @@ def is_small(device: DeviceInfo) -> bool:
 
 
 def fits(spec: AttentionSpec, device: DeviceInfo) -> bool:
-    """Whether some config runs: the widest float32 heads do not fit a small GPU."""
-    return not (is_small(device) and _bytes_per_row(spec) > 512)
+    """Whether some config runs: the widest float32 heads do not fit a small GPU, nor their backward 163 KB."""
+    return _bytes_per_row(spec) <= 512 or not (is_small(device) or (spec.needs_grad and _too_large(172032, device)))
 
 
 def precision_of(spec: AttentionSpec, device: DeviceInfo) -> Precision:
@@ -214,13 +214,24 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
 def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[BackwardConfig]:
     """Candidates around the default."""
     base = default_backward(spec, device)
-    for block_k in (16, 32, 64):
-        for stages in (1, 2, 3):
-            # Two blocks of rows, K and V of each stage, and what products take from shared memory.
-            if _too_large((2 * LIST_ROWS + (2 * stages + 3) * block_k) * _bytes_per_row(spec), device):
-                continue
-            for warps in (4, 8):
-                yield replace(base, block_k=block_k, num_stages=stages, num_warps=warps)
-    for block_d in (32, 64, 128):
-        for block_n in (32, 64, 128):
-            yield replace(base, block_d=block_d, block_n=block_n)
+    tiles = [
+        replace(base, block_k=block_k, num_stages=stages, num_warps=warps)
+        for block_k in (16, 32, 64)
+        for stages in (1, 2, 3)
+        for warps in (4, 8)
+    ]
+    sizes = (32, 64, 128) if _bytes_per_row(spec) <= 512 else (16, 32)
+    tiles += [replace(base, block_d=block_d, block_n=block_n) for block_d in sizes for block_n in sizes]
+    for config in tiles:
+        if not _too_large(int(_backward_rows(config) * _bytes_per_row(spec)), device):
+            yield config
+
+
+def _backward_rows(config: BackwardConfig) -> float:
+    """How many rows of K's width the larger of the backward's kernels holds in shared memory: two blocks of its own, tiles of two
+    matrices for each load ahead, and what products take."""
+    ahead = max(config.num_stages - 1, 1)
+    lists = 2 * LIST_ROWS + (2 * config.num_stages + 3) * config.block_k
+    rows = 2 * LIST_ROWS + (2 * ahead + 1 / 2) * config.block_d
+    keys = (2 + 1 / 4) * config.block_n + (2 * ahead + 1 / 8) * LIST_ROWS
+    return max(lists, rows, keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -41,8 +42,6 @@ def test_registering_imports_neither_torch_nor_triton() -> None:
     ],
 )
 def test_reasons_are_sentences(changes: dict[str, object], words: str) -> None:
-    import dataclasses
-
     reasons = TritonBackend().not_supported_reasons(dataclasses.replace(SPEC, **changes), H100)  # type: ignore[arg-type]
     assert any(words in reason for reason in reasons)
 
@@ -61,6 +60,15 @@ def test_spaces_hold_distinct_configs_that_round_trip(dtype: str, head_dim: int)
         assert len(space) > 3
         for config in space:
             assert backend.config_class(pass_).from_mapping(config.to_dict()) == config
+
+
+def test_the_widest_float32_backward_is_refused_where_it_does_not_fit() -> None:
+    a100 = DeviceInfo("cuda", "A100", capability=(8, 0), shared_memory=163 * 1024)
+    spec = AttentionSpec("cuda", "float32", 8, 8, 256, 256)
+    training = dataclasses.replace(spec, needs_grad=True)
+    assert configs.fits(spec, a100)
+    assert configs.fits(training, H100)
+    assert any("shared memory" in reason for reason in TritonBackend().not_supported_reasons(training, a100))
 
 
 def test_small_gpus_get_fewer_stages() -> None:
