@@ -203,8 +203,10 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
         for registers in (0, 168):
             for sweeps in (1, 2, 4):
                 yield replace(base, list_keys=keys, list_registers=registers, sweeps=sweeps)
-    for on_chip in (64, 128):
-        for stages in (2, 3):
+    for stages in (2, 3):
+        if _too_large((LIST_ROWS + stages * base.list_keys + base.list_keys // 2) * _bytes_per_row(spec), device):
+            continue
+        for on_chip in (64, 128):
             yield replace(base, list_keys_on_chip=on_chip, list_stages=stages)
     for keys in (32, 64, 128):
         for warps in (4, 8):

@@ -99,7 +99,8 @@ def each(
                     run = train(variant, seed)
                     run.seconds = took[variant] = round(time.monotonic() - began, 3)
                 except Exception as error:  # as in calibrate: the other variants go on
-                    skipped[name] = _reason(error)
+                    told = budget.deadline == -math.inf  # what it interrupts may wrap the error that says so
+                    skipped[name] = "the process was told to end" if told else _reason(error)
                     print(f"{name} failed: {skipped[name]}", flush=True)
                 else:
                     yield run

@@ -42,6 +42,8 @@ DEVICE void wait(u64* barrier, u32 parity) {
 
 // Waits for `threads` threads that name the same barrier, 1 to 15.
 DEVICE void sync_some(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+// Likewise, where the threads meet from different places in the program, which `bar` promises that they do not.
+DEVICE void sync_apart(int barrier, int threads) { asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
 // -- copies of tiles ------------------------------------------------------------------------------------------------------------
 

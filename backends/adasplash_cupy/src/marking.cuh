@@ -95,7 +95,7 @@ DEVICE int least(int a, int b) { return a < b ? a : b; }
 // in `items` is free then. A named barrier: racecheck reported the same order, kept by barriers in shared memory, as a race.
 template <class S>
 DEVICE void hand_back() {
-    ptx::sync_some(1 + S::GROUPS, 32 * (1 + S::LISTERS));
+    ptx::sync_apart(1 + S::GROUPS, 32 * (1 + S::LISTERS));
 }
 
 // -- the copying warp -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ DEVICE void arrive(u64* barrier) { fibers::arrive(phases(barrier), 0); }
 DEVICE void arrive_announcing(u64* barrier, int bytes) { fibers::arrive(phases(barrier), bytes); }
 DEVICE void wait(u64* barrier, u32 parity) { fibers::wait_phase(phases(barrier), parity); }
 DEVICE void sync_some(int barrier, int threads) { fibers::named_barrier(barrier, threads); }
+DEVICE void sync_apart(int barrier, int threads) { fibers::named_barrier(barrier, threads); }
 
 DEVICE void prefetch(const TensorMap&) {}
 DEVICE void copy_tile(void* to, const TensorMap& map, u64* barrier, int column, int row, int head, int batch) {
