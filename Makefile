@@ -84,7 +84,7 @@ RESULTS ?= benchmarks/results/attention_$(CARD).json
 
 gpu-bench: $(VENV)/.dev build/smollm2-news-8192.safetensors build/minilm-news-512.safetensors
 	$(BIN)/python benchmarks/attention.py --captured build/smollm2-news-8192.safetensors --encoder build/minilm-news-512.safetensors \
-		--json $(RESULTS)
+		--also triton cupy --json $(RESULTS)
 	$(BIN)/python benchmarks/attention.py --lengths --limit 120 --json $(RESULTS)
 	$(BIN)/python benchmarks/transforms.py --limit 100 --json benchmarks/results/transforms_$(CARD).json
 	$(BIN)/python scripts/plot_lengths.py $(RESULTS)

@@ -168,17 +168,18 @@ def attention_table() -> str:
     peers = any("peer" in row for row in measured)
     columns = ["input", "ours, ms", "cuDNN softmax, ms", "cuDNN's time / ours", "forward alone"]
     columns += ["adasplash's time / ours"] if peers else []
-    cuda = any("cupy" in row["times"] for row in measured)
-    columns += ["`cupy`, ms", "cuDNN's time / `cupy`"] if cuda else []
+    backends = [name for name in ("triton", "cupy") if any(name in row["times"] for row in measured)]
+    for name in backends:
+        columns += [f"`{name}`, ms", f"cuDNN's time / `{name}`"]
     rows = []
     for row in measured:
         ours, cudnn = row["times"]["ours"], row["times"]["cudnn"]
-        cells = [row["name"], pair(ours), pair(cudnn)]
+        cells = [row["name"], f"{pair(ours)} `{row['backend']}`", pair(cudnn)]
         cells += [f"{both(cudnn) / both(ours):.2f}x", f"{cudnn['forward'] / ours['forward']:.2f}x"]
         if peers:
             cells.append(peer_ratio(row["peer"]) if "peer" in row else "-")
-        if cuda:
-            found = row["times"].get("cupy")
+        for name in backends:
+            found = row["times"].get(name)
             cells += [pair(found), f"{both(cudnn) / both(found):.2f}x"] if found else ["-", "-"]
         rows.append(cells)
         if graphs := row.get("graphs"):
@@ -193,20 +194,22 @@ def attention_details() -> str:
     """Every row of the same results: what was wanted, memory, the peer's times and the CUDA backend's."""
     report: dict[str, Any] = json.loads(ATTENTION_RESULTS.read_text(encoding="utf-8"))
     columns = ["input", "ours", "cuDNN", "FlashAttention-2", "cuDNN / ours", "wanted", "forward alone"]
-    columns += ["`adasplash`", "`adasplash` / ours", "wanted", "CuPy", "CuPy / ours", "peak forward / (q+k+v+o)"]
-    columns += ["as one step: ours", "cuDNN", "CuPy"]
+    columns += ["`adasplash`", "`adasplash` / ours", "wanted", "Triton", "CuPy", "CuPy / Triton", "peak forward / (q+k+v+o)"]
+    columns += ["as one step: ours", "cuDNN", "Triton", "CuPy"]
     rows = []
     for row in report["rows"]:
         times = row["times"]
         cells = [row["name"], *(pair(times[name]) for name in ("ours", "cudnn", "flash2"))]
+        cells[1] += f" {row['backend']}"
         cells += [f"{both(times['cudnn']) / both(times['ours']):.2f}x", wanted(row["target"])]
         cells.append(f"{times['cudnn']['forward'] / times['ours']['forward']:.2f}x")
         peer = row.get("peer")
         cells += [pair(peer["times"]["adasplash"]), peer_ratio(peer), wanted(peer["target"])] if peer else ["-"] * 3
-        cupy = times.get("cupy")
-        cells += [pair(cupy), f"{both(cupy) / both(times['ours']):.2f}x"] if cupy else ["-"] * 2
+        pairs = [times.get(name) for name in ("triton", "cupy")]
+        cells += [pair(found) if found else "-" for found in pairs]
+        cells.append(f"{both(pairs[1]) / both(pairs[0]):.2f}x" if pairs[0] and pairs[1] else "-")
         cells.append(f"{times['ours']['peak_forward'] / row['input_bytes']:.2f}")
-        steps = [times.get(name, {}).get("together") for name in ("ours", "cudnn", "cupy")]
+        steps = [times.get(name, {}).get("together") for name in ("ours", "cudnn", "triton", "cupy")]
         cells += ["-" if step is None else f"{step:.2f}" for step in steps]
         rows.append(cells)
         if graphs := row.get("graphs"):
