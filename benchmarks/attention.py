@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adasplash_core import attention, explain
 from adasplash_core.call import make_call
+from adasplash_core.errors import BackendUnsupportedError, UnknownBackendError
 from adasplash_core.testing import oracle
 from adasplash_core.workload import Workload
 
@@ -171,9 +172,18 @@ def competitors(causal: bool, alpha: float) -> dict[str, Call]:
     }
 
 
-def others(names: Sequence[str], causal: bool, alpha: float) -> dict[str, Call]:
-    """Backends of ours by name, beside the one that ``auto`` takes."""
-    return {name: partial(attention, is_causal=causal, alpha=alpha, backend=name) for name in names}
+def others(names: Sequence[str], tensors: Sequence[torch.Tensor], causal: bool, alpha: float) -> dict[str, Call]:
+    """Backends of ours by name, beside the one that ``auto`` takes; without those that cannot run here."""
+    found: dict[str, Call] = {}
+    for name in names:
+        call = partial(attention, is_causal=causal, alpha=alpha, backend=name)
+        try:
+            call(*tensors)
+        except (UnknownBackendError, BackendUnsupportedError) as error:
+            print(" ".join(str(error).split())[:200], flush=True)
+        else:
+            found[name] = call
+    return found
 
 
 def adasplash_call(causal: bool, niter: int | None = None) -> Call:
@@ -266,7 +276,8 @@ def errors(calls: dict[str, Call], tensors: Tensors, causal: bool) -> dict[str, 
 
 
 def run_case(case: Case, also: Sequence[str] = ()) -> dict[str, Any]:
-    tensors, calls = case.build(), competitors(case.causal, case.alpha) | others(also, case.causal, case.alpha)
+    tensors = case.build()
+    calls = competitors(case.causal, case.alpha) | others(also, tensors, case.causal, case.alpha)
     output = tensors[0].numel() * tensors[0].element_size()
     row: dict[str, Any] = {
         "name": case.name,

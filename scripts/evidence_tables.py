@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 EXPERIMENTS = {
     "language_modelling_124m_4096": "A GPT-2-class model from scratch, {context} tokens",
     "language_modelling_124m_1024": "A GPT-2-class model from scratch, {context} tokens",
+    "step_profile_124m_4096": "Where a step of it goes, {context} tokens, milliseconds",
     "continued_training_8192": "SmolLM2-135M goes on training on news, {context} tokens",
     "classification_512": "20 Newsgroups with MiniLM, {context} tokens",
     "classification_4096": "20 Newsgroups with MiniLM, documents joined to {context} tokens",
@@ -18,6 +20,21 @@ EXPERIMENTS = {
     "retrieval_modernbert": "News articles by their titles, a ModernBERT-class encoder from scratch, {context} tokens",
 }
 """Results' files, without the card, and what was done."""
+COLUMNS = {
+    "step_profile_124m_4096": (
+        "attention",
+        "after steps",
+        "ms a step",
+        "attention forward",
+        "attention backward",
+        "matrix products",
+        "loss",
+        "waiting",
+        "not zero, by layer",
+    ),
+}
+"""Those of a table that are shown; of a table that is not named here all are."""
+REASON_CHARACTERS = 60
 
 
 def evidence() -> str:
@@ -36,14 +53,22 @@ def experiment(name: str, title: str) -> Iterator[str]:
             f"{machine['device']}; {versions}; {machine['date']}; {found['seconds']:.0f} s in all, by `{machine['command']}`; "
             f"`benchmarks/results/{path.name}`.{shared}"
         )
-        yield markdown(found["table"])
-        if found["not run"]:
-            reasons = (f"{variant} ({reason.split('. ')[0].rstrip('.')})" for variant, reason in found["not run"].items())
-            yield f"Not run: {'; '.join(reasons)}."
+        yield markdown(found["table"], COLUMNS.get(name))
+        yield from not_run(found["not run"])
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    columns = list(rows[0])
+def not_run(reasons: Mapping[str, str]) -> Iterator[str]:
+    """One line a reason, cut to its beginning: messages of compilers are long."""
+    runs: dict[str, list[str]] = {}
+    for run, reason in reasons.items():
+        told = textwrap.shorten(reason.split(". ")[0].rstrip("."), REASON_CHARACTERS, placeholder=" ...")
+        runs.setdefault(told, []).append(run)
+    for told, those in runs.items():
+        yield f"Not run ({told}): {'; '.join(those)}."
+
+
+def markdown(rows: list[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
+    columns = columns or list(rows[0])
     right = {c for c in columns if any(isinstance(row[c], int | float) or _is_number(row[c]) for row in rows)}
     cells = [["-" if row[c] is None else str(row[c]) for c in columns] for row in rows]
     lines = [columns, ["--:" if c in right else "---" for c in columns], *cells]
