@@ -12,7 +12,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 EXPERIMENTS = {
     "language_modelling_124m_4096": "A GPT-2-class model from scratch, {context} tokens",
     "language_modelling_124m_1024": "A GPT-2-class model from scratch, {context} tokens",
-    "step_profile_124m_4096": "Where a step of it goes, {context} tokens, milliseconds",
+    "step_profile_124m_4096": "Where a step of the GPT-2-class model goes, {context} tokens, milliseconds",
     "continued_training_8192": "SmolLM2-135M goes on training on news, {context} tokens",
     "classification_512": "20 Newsgroups with MiniLM, {context} tokens",
     "classification_4096": "20 Newsgroups with MiniLM, documents joined to {context} tokens",

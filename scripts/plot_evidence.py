@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 PANELS = {
@@ -46,22 +47,23 @@ def main() -> None:
         {"svg.hashsalt": "adasplash", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     )
     for name, draw in (("evidence_losses", losses), ("evidence_density", densities)):
-        figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 4.0), layout="constrained", squeeze=False)
         for panel, (title, report) in zip(axes[0], found.items(), strict=True):
             draw(panel, report)
             panel.set_title(title, fontsize=10)
             panel.grid(True, linewidth=0.3)
-            panel.legend(frameon=False, fontsize=7)
+            panel.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
         figure.suptitle(next(iter(found.values()))["machine"]["device"], fontsize=9)
         figure.savefig(images / f"{name}.svg", metadata={"Date": None})
         print(f"{images / name}.svg was written")
 
 
 def losses(axes: plt.Axes, report: dict[str, Any]) -> None:
-    """Validation loss against tokens trained on; several seeds are lines of one colour."""
+    """Validation loss against tokens trained on; several seeds are lines of one colour, and one evaluation alone is none."""
     for run in report["runs"]:
         points = [(entry["tokens"] / 1e6, entry["validation_loss"]) for entry in run["curve"]]
-        axes.plot(*zip(*points, strict=True), "o-", color=colour(run), label=run["variant"], markersize=3, linewidth=1)
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour(run), label=run["variant"], markersize=3, linewidth=1)
     axes.set(xlabel="million tokens trained on", ylabel="validation loss, nats a token")
     once_each(axes)
 
@@ -75,6 +77,9 @@ def densities(axes: plt.Axes, report: dict[str, Any]) -> None:
             label = f"{run['variant']}, {entry['tokens'] / 1e6:.1f} M tokens"
             axes.plot(range(1, len(layers) + 1), layers, "o-", color=colour(run), label=label, markersize=3, linewidth=width)
     axes.set(yscale="log", xlabel="layer", ylabel="weights that are not zero, %")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def colour(run: dict[str, Any]) -> str:
