@@ -33,7 +33,7 @@ PATHS: dict[str, tuple[int, bool, dict[str, Any]]] = {  # keys, whether lists ar
     "lists": (700, True, {**LISTS}),
     "lists of tiles of 16 keys": (700, True, {**LISTS, "keys": 16}),
     "lists, one tile": (128, True, {**LISTS, "keys": 64}),
-    "lists, held": (300, True, {**LISTS, "keys": 64, "stages": 5, "warpgroups": 1}),
+    "lists, held": (300, True, {**LISTS, "keys": 64, "stages": 5, "lists_warpgroups": 1, "dense_warpgroups": 1}),
     "all keys": (700, True, ALL_KEYS),
     "all keys, guessed first": (1400, True, {**ALL_KEYS, "keys": 16}),
 }

@@ -6,7 +6,7 @@ import re
 
 from adasplash_triton import aot
 
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.*?);")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?(.*?);")
 
 
 def products_fused_into_exchanges(cubin: bytes) -> int:
@@ -16,7 +16,10 @@ def products_fused_into_exchanges(cubin: bytes) -> int:
     """
     found, sent = 0, set()
     for match in _INSTRUCTION.finditer(aot.cuobjdump(cubin, "-sass")):
-        instruction = match[1]
+        instruction = match[2]
+        if match[1] is None and instruction.startswith(("BRA ", "EXIT")):
+            sent.clear()  # what follows is reached from elsewhere
+            continue
         if exchange := re.match(r"SHFL\S* PT, (R\d+)", instruction):
             sent.add(exchange[1])
             continue

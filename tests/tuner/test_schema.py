@@ -228,9 +228,14 @@ def test_no_database_is_upgraded_where_nothing_may_be_written(
         "ladder = ConfigLadder([TunedConfigs()])\n"
         "for pass_ in ('forward', 'backward'): print(ladder.find(FakeBackend(), SPEC, H100, pass_).rung.name)"
     )
-    warning, *rungs = releases.run(releases.later_release(tmp_path), code).splitlines()
-    assert f"has schema 1 and must be upgraded, which ADASPLASH_CACHE_MODE={mode} forbids" in warning
-    assert rungs == ["HEURISTIC", "HEURISTIC"]
+    rule = f"has schema 1 and must be upgraded, which ADASPLASH_CACHE_MODE={mode} forbids"
+    if mode == "frozen":
+        with pytest.raises(AssertionError, match=f"FrozenConfigsError: .*{rule}"):
+            releases.run(releases.later_release(tmp_path), code)
+    else:
+        warning, *rungs = releases.run(releases.later_release(tmp_path), code).splitlines()
+        assert rule in warning
+        assert rungs == ["HEURISTIC", "HEURISTIC"]
     assert facts(unversioned)["schema_version"] == "1"
 
 
