@@ -6,7 +6,7 @@
 With each attention the model trains from the same weights on the same batches. Near the start, and again after --steps steps (rows get
 sparse while it learns), a few steps are timed and a few are profiled with torch.profiler. "entmax 1.5" has a number for its alpha, and
 kernels made for it; "annealed 1.25" has an alpha on the device, as an AlphaSchedule keeps it half way to 1.5. Kernels are told apart by
-their names. On a CPU operators take the place of kernels: a trial of the script, no more.
+their names; a third word ("entmax 1.5 cupy") asks for a backend. On a CPU operators take the place of kernels: a trial of the script.
 The texts are those of language_modelling.py (with --model those of continued_training.py): --tokens FILE.npz is what it prepared.
 """
 
@@ -38,7 +38,7 @@ from adasplash_core.nn import AlphaSchedule
 
 WARM, TRAINING = 2, 7  # steps before anything is timed; the learning rate is that of the beginning of so many times --steps
 GROUPS = {  # the first that is found in a kernel's name
-    "attention backward": r"backward_(rows|keys)|flash_bwd|bprop|fmha_cutlassB|dot_do_o|convert_dq|attention\w*_backward",
+    "attention backward": r"backward_(rows|keys|lists)|flash_bwd|bprop|fmha_cutlassB|dot_do_o|convert_dq|attention\w*_backward",
     "attention forward": r"key_max|forward_(bound|mark|select|lists|dense|short)|flash_fwd|fprop|fmha_cutlassF|attention",
     "optimizer": r"multi_tensor_apply|[Aa]dam|_foreach_|linalg_vector_norm",
     "loss": r"[Ss]oft[Mm]ax|nll_loss",
@@ -47,7 +47,7 @@ GROUPS = {  # the first that is found in a kernel's name
     "copies, casts, fills": r"[Cc]opy|Memcpy|Memset|FillFunctor|aten::(zero_|fill_|clone)",
     "the rest": "",
 }
-OURS = re.compile(r"key_max|forward_(?:bound|mark|select|lists|dense|short)|backward_(?:rows|keys)")
+OURS = re.compile(r"key_max|forward_(?:bound|mark|select|lists|dense|short)|backward_(?:rows|keys|lists)")
 
 
 @dataclass(frozen=True)
@@ -133,16 +133,19 @@ class Subject:
 
     def __init__(self, options: argparse.Namespace, tokens: texts.Tokens, variant: str, device: torch.device) -> None:
         self.options, self.device = options, device
-        kind, _, number = variant.partition(" ")
-        if kind not in ("softmax", "entmax", "annealed") or (kind == "softmax") != (not number):
-            raise SystemExit(f"{variant!r} is no variant: softmax, entmax ALPHA, annealed ALPHA")
+        kind, number, backend = [*variant.split(), "", ""][:3]
+        if kind not in ("softmax", "entmax", "annealed") or (kind == "softmax") != (not number) or (backend and options.model):
+            raise SystemExit(
+                f"{variant!r} is no variant: softmax, entmax ALPHA [BACKEND], annealed ALPHA [BACKEND], no BACKEND with --model"
+            )
         torch.manual_seed(0)
         if options.model:
             self.model = hf.load(options.model, AutoModelForCausalLM, dtype=torch.float32).to(device)
             hf.use(self.model, "softmax" if kind == "softmax" else f"entmax {number}", 1)
         else:
             embed, layers, heads, _ = SIZES[options.size]
-            attention = other_attention(softmax) if kind == "softmax" else entmax_attention(alpha=float(number))
+            ours = {"alpha": float(number or 1), "backend": backend or "auto"}
+            attention = other_attention(softmax) if kind == "softmax" else entmax_attention(**ours)
             self.model = Decoder(Size(tokens.vocabulary, embed, layers, heads, options.context), attention).to(device)
         if kind == "annealed":
             AlphaSchedule(self.model, 1, start=float(number), end=float(number))  # never stepped, so never at its end
