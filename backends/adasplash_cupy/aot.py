@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -99,14 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every alpha, pair of head dims and set of features")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
+    if unknown := set(options.architectures) - set(ARCHITECTURES):
+        parser.error(f"architectures are {', '.join(ARCHITECTURES)}; got {', '.join(sorted(unknown))}")
     jobs = [(i, architecture) for architecture in options.architectures for i in instances(architecture, options.all)]
-    bad = 0
+    wanted, done, bad = Counter(architecture for _, architecture in jobs), Counter[str](), Counter[str]()
     with ProcessPoolExecutor(options.workers) as pool:
         for instance, architecture, problem in pool.map(_judge, jobs, chunksize=4):
+            done[architecture] += 1
             if problem:
-                bad += 1
+                bad[architecture] += 1
                 print(f"{architecture} {instance.expression}: {problem}", flush=True)
-    print(f"{len(jobs)} instances compiled, {bad} with problems")
+            if done[architecture] == wanted[architecture]:
+                print(f"{architecture}: {done[architecture]} instances compiled, {bad[architecture]} with problems", flush=True)
     return 1 if bad else 0
 
 

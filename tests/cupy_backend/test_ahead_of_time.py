@@ -75,3 +75,21 @@ def test_parameters_are_read_from_their_declaration() -> None:
     order = [code in "Pq" for code in found.values()]
     assert order == sorted(order, reverse=True), "8-byte fields first, or C would pad"
     assert pointers() == tuple(name for name, code in found.items() if code == "P"), "calls write their addresses at the front"
+
+
+@needs_nvrtc
+def test_the_command_tells_what_does_not_compile_and_sums_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, wrong = Instance("key_max", "float16"), Instance("forward_dense", "float16", 16, 16, 15, 256, 2, 0)
+    monkeypatch.setattr(aot, "instances", lambda architecture, everything=False: iter([right, wrong]))
+    assert aot.main(["sm_80", "--workers", "1"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"sm_80 {wrong.expression}: ")
+    assert printed[-1] == "sm_80: 2 instances compiled, 1 with problems"
+
+
+def test_the_command_names_the_architectures_that_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        aot.main(["sm_70"])
+    assert "architectures are sm_75, sm_80, sm_86, sm_90a, sm_100; got sm_70" in capsys.readouterr().err
