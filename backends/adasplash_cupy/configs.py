@@ -41,6 +41,10 @@ class ForwardConfig(KernelConfig):
     lists_warpgroups: int = 0  # whether forward_lists multiplies by whole warpgroups (Hopper)
     dense_warpgroups: int = 0  # likewise forward_dense
     bound_warpgroups: int = 0  # likewise forward_bound
+    dense_pairs: int = (
+        1  # whether forward_dense's warpgroups look at two tiles at once, of lists too long to be held and of all keys
+    )
+    turn_mib: int = 32  # of K and V whose heads' blocks of rows forward_lists and forward_dense take in turn; 0: head by head
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,14 @@ def forward_instances(spec: AttentionSpec, config: ForwardConfig) -> dict[str, I
     alibi, together = ALIBI * spec.alibi, takes_warpgroups(spec)
     lists, dense = together and bool(config.lists_warpgroups), together and bool(config.dense_warpgroups)
     flags = alibi | GRAD * spec.needs_grad | DROPOUT * spec.dropout
+    pairs = int(dense and config.dense_pairs and config.dense_stages > 1 and e == ev)
     found = {
         "key_max": Instance("key_max", spec.dtype),
         "forward_select": Instance("forward_select", spec.dtype, e, 16, alpha, config.select_keys, config.select_stages, alibi),
         "forward_lists": Instance("forward_lists", spec.dtype, e, ev, alpha, config.keys, config.stages, flags, lists),
-        "forward_dense": Instance("forward_dense", spec.dtype, e, ev, alpha, config.keys, config.dense_stages, flags, dense),
+        "forward_dense": Instance(
+            "forward_dense", spec.dtype, e, ev, alpha, config.keys, config.dense_stages, flags, dense, pairs=pairs
+        ),
     }
     if config.mark_groups and takes_marking(spec):
         bound = replace(found["forward_select"], kernel="forward_bound", tile=64, stages=3 if e <= 64 else 2)
@@ -249,6 +256,7 @@ def forward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[ForwardCo
         *(replace(base, select_programs=programs) for programs in (1, 2, 4)),
         *(replace(base, sample=sample, sample_worth=worth) for sample in (8, 16) for worth in (1.5, 1.2, 4.0)),
         *(replace(base, list_percent=percent) for percent in (50, 70, 95)),
+        replace(base, turn_mib=0),
         *(_markings(base) if base.mark_groups else ()),
         *_without_warpgroups(base, width),
     ):
@@ -269,6 +277,8 @@ def _markings(base: ForwardConfig) -> Iterator[ForwardConfig]:
 def _without_warpgroups(base: ForwardConfig, width: int) -> Iterator[ForwardConfig]:
     if base.mark_groups:
         yield replace(base, bound_warpgroups=1 - base.bound_warpgroups)
+    if base.dense_warpgroups:
+        yield replace(base, dense_pairs=1 - base.dense_pairs)
     if base.lists_warpgroups:
         keys = 64 if width <= 64 else 32
         yield replace(base, lists_warpgroups=0, keys=keys, stages=3)

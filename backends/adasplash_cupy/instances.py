@@ -53,6 +53,7 @@ class Instance:
     flags: int = 0
     warpgroup: bool = False  # whether a block's four warps multiply together: written for Hopper alone
     programs: int = 0  # a multiprocessor, that registers must allow; 0: the kernel knows
+    pairs: int = 0  # whether forward_dense's warpgroups look at two tiles at once: of equal head dims, in two stages or more
 
     @property
     def threads(self) -> int:
@@ -67,7 +68,7 @@ class Instance:
     @property
     def elsewhere(self) -> Instance | None:
         """What does the same on any architecture, for an instance that is written for one; None where nothing does by itself."""
-        return replace(self, warpgroup=False) if self.warpgroup else None
+        return replace(self, warpgroup=False, pairs=0) if self.warpgroup else None
 
     @property
     def expression(self) -> str:
@@ -75,7 +76,9 @@ class Instance:
         element = ELEMENTS[self.dtype]
         if self.kernel in ("key_max", "transform"):
             return f"{self.kernel}<{element}>"
-        more = [int(self.warpgroup), self.programs] if self.programs else [1] if self.warpgroup else []
+        more = [int(self.warpgroup), self.programs, self.pairs]
+        while more and not more[-1]:
+            more.pop()
         shape = (self.head_dim, self.head_dim_v, self.alpha, self.tile, self.stages, self.flags, *more)
         return f"{self.kernel}<Shape<{element}, {', '.join(map(str, shape))}>>"
 

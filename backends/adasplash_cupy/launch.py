@@ -186,6 +186,9 @@ def _forward_program(call: AttentionCall, table: Table, refused: frozenset[Insta
     if tile:
         blocks = batch * heads * -(-q_len // SHORT_ROWS)
         return Program(outputs, [Step(short_instance(spec, config, tile), (blocks,))], values, None, conversions, owners)
+    head_bytes = kv_len * (head_dim + head_dim_v) * key.element_size()
+    together = max(1, config.turn_mib * 2**20 // head_bytes * (heads // kv_heads))
+    values["heads_in_turn"] = min(together, batch * heads)
     instances = _admitted(forward_instances(spec, config), refused)
     steps: list[Step] = []
     zeroed = None

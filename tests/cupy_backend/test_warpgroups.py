@@ -165,7 +165,7 @@ CALLS: dict[str, Any] = {
     "longer lists held": lambda: (draw(64, 400, spread=2.0), {"is_causal": True, "query_offset": 250}, {}, {"stages": 5}),
     "32 keys a tile": lambda: (draw(70, 200), {"window": (60, 5)}, {}, {"keys": 32}),
     "a head dim between": lambda: (draw(64, 130, dim=40, dim_v=48), {}, {}, {}),
-    "128 columns": lambda: (draw(64, 130, dim=128, spread=2.0, dtype=torch.bfloat16), {}, {}, {}),
+    "128 columns": lambda: (draw(64, 300, dim=128, spread=1.0, dtype=torch.bfloat16), {}, {}, {}),
     "128 and 64 columns, dropout": lambda: (draw(64, 130, dim=128, dim_v=64), {"dropout_p": 0.3}, {}, {}),
     "256 columns": lambda: (draw(64, 130, dim=80, dim_v=256), {}, {"stages": 1, "list_stages": 1}, {"keys": 32}),
     "32 columns": lambda: (draw(70, 200, dim=32), {"is_causal": True, "query_offset": 130}, {}, {}),
@@ -178,6 +178,8 @@ CALLS: dict[str, Any] = {
         {},
     ),
     "32 keys of all": lambda: (draw(70, 200), {}, {"keys": 32}, {}),
+    "a tile at a time": lambda: (draw(70, 300), {"window": (90, 5)}, {}, {"dense_pairs": 0}),
+    "hidden keys": lambda: (draw(70, 200), {"attn_mask": torch.rand(1, 1, 1, 200) < 0.5}, {}, {"dense_stages": 3}),
 }
 
 
@@ -205,6 +207,28 @@ def test_no_result_depends_on_the_order_of_threads(order: int, monkeypatch: pyte
     assert torch.equal(first.out, second.out)
     for name in ("query", "key", "value"):
         assert torch.equal(getattr(first_grads, name), getattr(second_grads, name))
+
+
+TURNS = """
+struct Argument { int* bh; };
+static void entry(const void* argument) {
+    Params p{};
+    p.batch = 1, p.heads = 5, p.q_blocks = 3, p.heads_in_turn = TOGETHER;
+    for (int at = 0; at < 15; ++at) {
+        auto [bh, block] = block_in_turn(p, at);
+        if (ptx::thread() == 0) static_cast<const Argument*>(argument)->bh[at] = 10 * bh + block;
+    }
+}
+"""
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_blocks_of_so_many_heads_come_in_turn_the_last_rows_first(together: int) -> None:
+    found = torch.zeros(15, dtype=torch.int32)
+    headers = ("ptx.cuh", "wgmma.cuh", "params.cuh", "entmax.cuh", "products.cuh", "rows.cuh")
+    emulator.run(headers, f"#define TOGETHER {together}\n{TURNS}", (found,), 1024)
+    groups = [range(first, min(first + together, 5)) for first in range(0, 5, together)]
+    assert found.tolist() == [10 * head + block for heads in groups for block in (2, 1, 0) for head in heads]
 
 
 @pytest.mark.parametrize("kernel", ["forward_lists", "forward_dense", "backward_lists", "backward_rows", "backward_keys"])

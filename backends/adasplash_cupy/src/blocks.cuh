@@ -8,14 +8,24 @@ template <class S>
 DEVICE void open_products() {
     if constexpr (S::WARPGROUP) ptx::open_products();
 }
+// Closes a group of products.
+template <class S>
+DEVICE void commit_products() {
+    if constexpr (S::WARPGROUP) ptx::commit_products();
+}
+// The sums of all but the LEFT youngest groups are there from here on.
+template <class S, int LEFT, int... N>
+DEVICE void land_products(float (&... sums)[N][4]) {
+    if constexpr (S::WARPGROUP) {
+        ptx::wait_products<LEFT>();
+        (ptx::settle(sums), ...);
+    }
+}
 // The sums of all products since open_products() are there from here on.
 template <class S, int... N>
 DEVICE void close_products(float (&... sums)[N][4]) {
-    if constexpr (S::WARPGROUP) {
-        ptx::commit_products();
-        ptx::wait_products<0>();
-        (ptx::settle(sums), ...);
-    }
+    commit_products<S>();
+    land_products<S, 0>(sums...);
 }
 
 // The block's rows as the left operand of many products: a warp's in registers where HOLD and they fit there beside what else a pass

@@ -35,6 +35,59 @@ struct Course {
 // The tolerance where the sums after a step are known without a look. Statistics hold tau to the last bits: then every row is looked at.
 DEVICE float tolerance_ahead(const Params& p) { return p.tau == nullptr ? p.tol : 0.f; }
 
+// body(tile, scores' products, V rows, indices, whether every row sees every key): each_tile, and the products with Q. A warpgroup's need no
+// instructions while they are under way: what starts the next copies comes then where MEANWHILE.
+template <bool MEANWHILE, class S, class Shared, class Keys, class Rows, class Body>
+DEVICE void each_product(const Block<S>& x, const Shared& shared, const Keys& keys, const Rows& q, bool values, Body&& body) {
+    each_tile<MEANWHILE>(x, shared, keys, values, [&](int tile, const auto* k, const auto* v, const auto& index, bool whole, auto... meanwhile) {
+        float a[S::NT][4];
+        if constexpr (!S::WARPGROUP) (meanwhile(), ...);
+        open_products<S>();
+        multiply_left(a, q, k);
+        commit_products<S>();
+        if constexpr (S::WARPGROUP) (meanwhile(), ...);
+        land_products<S, 0>(a);
+        body(tile, a, v, index, whole);
+    });
+}
+
+// The same of a list or a direct range, without values, in whose place the next tile's keys lie: of two tiles, the second is multiplied while
+// body has the first.
+template <class S, class Shared, class Keys, class Rows, class Body>
+DEVICE void each_product_of_pairs(const Block<S>& x, const Shared& shared, const Keys& keys, const Rows& q, Body&& body) {
+    static_assert(S::STAGES > 1 && Shared::K_SIZE == Shared::V_SIZE, "two tiles of keys a stage");
+    int tiles = keys.tiles(), stage = 0;
+    KeyCopies<S, Keys> copies[2];
+    copies[0].look_up(keys, 0), copies[1].look_up(keys, 1);
+    auto copy = [&](int tile, int to) {
+        copies[0].copy(x, shared.k + to * Shared::K_SIZE, keys, tile);
+        copies[1].copy(x, shared.v + to * Shared::K_SIZE, keys, tile + 1);
+        ptx::commit_copies();
+        copies[0].look_up(keys, tile + 2), copies[1].look_up(keys, tile + 3);
+    };
+    for (int i = 0; i < S::STAGES - 1; ++i) copy(2 * i, i);
+    for (int tile = 0; tile < tiles; tile += 2, stage = stage_after<S>(stage)) {
+        land_copies<S, S::STAGES - 2>();
+        ptx::sync();
+        const typename S::T *k = shared.k + stage * Shared::K_SIZE, *next = shared.v + stage * Shared::K_SIZE;
+        bool both = tile + 1 < tiles;
+        float a[2][S::NT][4];
+        open_products<S>();
+        multiply_left(a[0], q, k);
+        commit_products<S>();
+        multiply_left(a[1], q, both ? next : k);
+        commit_products<S>();
+        copy(tile + 2 * (S::STAGES - 1), stage_before<S>(stage));
+        auto first = keys.span(tile), second = keys.span(tile + 1);
+        bool first_whole = seen_by_all(x, first), second_whole = seen_by_all(x, second);
+        land_products<S, 1>(a[0]);
+        body(tile, a[0], k, first, first_whole);
+        land_products<S, 0>(a[1]);
+        if (both) body(tile + 1, a[1], next, second, second_whole);
+    }
+    ptx::sync();
+}
+
 // Where SUMS, f and s, and where COUNT, in `top` the number of entries above the threshold; else, in `top`, the max.
 template <bool SUMS, bool COUNT, class S, class Shared, class Keys>
 DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, const Point (&at)[2], float (&f)[2], float (&s)[2],
@@ -43,21 +96,14 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
     top[0] = top[1] = SUMS ? 0.f : -INFINITE;
     bool small = fabsf(at[0].m) < 1e4f && fabsf(at[1].m) < 1e4f;
     Left<S, S::BE, true> q(shared.q);
-    each_tile<true>(x, shared, keys, false, [&](int tile, const auto* k, const auto*, const int* index, bool whole, auto meanwhile) {
-        float a[S::NT][4];
-        // A warpgroup's products need no instructions while they are under way.
-        if constexpr (!S::WARPGROUP) meanwhile();
-        open_products<S>();
-        multiply_left(a, q, k);
-        if constexpr (S::WARPGROUP) meanwhile();
-        close_products<S>(a);
+    auto add = [&](int tile, auto& a, const auto*, const auto& index, bool whole) {
         // Tiles that all rows see are weighed as the product left them: most of the time goes into these few instructions an entry.
         bool product = SUMS && !S::is(ALIBI) && whole && small;
-        if (!product) to_scores(a, x, index, whole);
+        if (!product) to_scores(a, x, index, whole && !S::WARPGROUP);  // one question less
         if constexpr (SUMS) {
             float weight = keys.weight(tile);
             x.entmax.choose([&](auto chosen) {
-                auto add = [&](auto weigh) {
+                auto each = [&](auto weigh) {
 #pragma unroll
                     for (int n = 0; n < S::NT; ++n)
 #pragma unroll
@@ -69,8 +115,8 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
                             if (COUNT) top[i / 2] += u > 0.f ? 1.f : 0.f;
                         }
                 };
-                if (product) add([&](float y, const Point& of, float& p, float& u) { chosen.weigh_product(y, x.x_scale, of, p, u); });
-                else add([&](float y, const Point& of, float& p, float& u) { chosen.weigh(y, of, p, u); });
+                if (product) each([&](float y, const Point& of, float& p, float& u) { chosen.weigh_product(y, x.x_scale, of, p, u); });
+                else each([&](float y, const Point& of, float& p, float& u) { chosen.weigh(y, of, p, u); });
             });
         } else {
 #pragma unroll
@@ -78,7 +124,9 @@ DEVICE void evaluate(const Block<S>& x, const Shared& shared, const Keys& keys, 
 #pragma unroll
                 for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], a[n][i]);
         }
-    });
+    };
+    if constexpr (S::PAIRS && !Keys::HELD) each_product_of_pairs(x, shared, keys, q, add);
+    else each_product<true>(x, shared, keys, q, false, add);
 #pragma unroll
     for (int r = 0; r < 2; ++r) f[r] = row_sum(f[r]), s[r] = row_sum(s[r]), top[r] = SUMS ? row_sum(top[r]) : row_max(top[r]);
 }
@@ -105,16 +153,18 @@ DEVICE void block_sums(float (&x)[N], int* scratch) {
 // no further down. In rows that are nearly uniform such a bound is far below tau, and each step over a part of the keys saves one over all.
 // It bounds nothing. But it lies below the largest score of the part, (f - sqrt f) / s and (f - 1) / s being less than that is over tau:
 // so the row's own sums are not empty there, and Newton's steps converge from either side.
-inline constexpr int GUESS_STEP = 16, GUESS_STEPS = 6, LEAST_GUESSED = 32;  // tiles of the middle
+inline constexpr int GUESS_STEP = 16, LEAST_STEP = 4, LEAST_GUESSED = 4, GUESS_STEPS = 6;  // so many of the middle's tiles at least
 inline constexpr float GUESSED = 0.1f;                                   // the rows' mean of |f - 1| that is near enough
 
 template <class S, class Shared>
 DEVICE void guess(const Block<S>& x, const Shared& shared, const float (&m)[2], float (&c)[2]) {
-    Estimate<S::BN> keys(x, GUESS_STEP);
-    if (x.entmax.is(POWER) || keys.mid_end - keys.mid_start < LEAST_GUESSED * S::BN) return;
+    Range<S::BN> all(x, 1, false);
+    int step = all.mid_tiles / LEAST_GUESSED < GUESS_STEP ? all.mid_tiles / LEAST_GUESSED : GUESS_STEP;
+    if (x.entmax.is(POWER) || step < LEAST_STEP) return;
+    Estimate<S::BN, S::WARPGROUP> keys(x, step);
     float bound[2] = {c[0], c[1]};
 #pragma unroll 1
-    for (int step = 0; step < GUESS_STEPS; ++step) {
+    for (int turn = 0; turn < GUESS_STEPS; ++turn) {
         Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
         float f[2], s[2], top[2], sums[2] = {0.f, 0.f};  // of |f - 1|, and how many
         evaluate<true, false>(x, shared, keys, at, f, s, top);

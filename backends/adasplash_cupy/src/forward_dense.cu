@@ -28,7 +28,7 @@ forward_dense(PARAMS p) {
     using T = typename S::T;
     int item = find_item(p);
     if (item < 0) return;
-    int bh = item / p.q_blocks, block = p.q_blocks - 1 - item % p.q_blocks;
+    auto [bh, block] = block_in_turn(p, item);
     const int* entry = p.entries + (static_cast<i64>(bh) * p.q_blocks + block) * 2;
     int count = p.entries == nullptr ? static_cast<int>(EVERY_KEY) : entry[1];
     Tiles<S> shared(true);
@@ -47,7 +47,7 @@ forward_dense(PARAMS p) {
     } else if (count >= 0) {
         kept = solve_and_write(x, shared, List<S::BN>{list, count}, list);
     } else {
-        solve_and_write(x, shared, Range<S::BN>(x, 1, true), nullptr);
+        solve_and_write(x, shared, Range<S::BN, S::WARPGROUP>(x, 1, true), nullptr);
     }
     keep_list(x, list, kept, shared.scratch);
 }

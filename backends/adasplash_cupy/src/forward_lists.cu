@@ -219,7 +219,7 @@ KERNEL(THREADS, programs<S>(keys_held<S>() > 0 ? 2 : 3))
 forward_lists(PARAMS p) {
     using T = typename S::T;
     constexpr int FITS = keys_on_chip<S>(), HELD = keys_held<S>(), MOST = HELD > FITS ? HELD : FITS;
-    int bh = ptx::block_x() / p.q_blocks, block = p.q_blocks - 1 - ptx::block_x() % p.q_blocks;
+    auto [bh, block] = block_in_turn(p, ptx::block_x());
     int* entry = p.entries + (static_cast<i64>(bh) * p.q_blocks + block) * 2;
     int count = entry[1];
     if (count < 0) {

@@ -62,36 +62,40 @@ DEVICE void multiply_weights(float (&o)[C][4], float (&o2)[C][4], const float (&
 }
 
 // Weights of the scores a of N tiles of 8 keys: then(n, p, u) for each two tiles. Adds to `sums` where `count`; where `mark`, returns the
-// bits of the columns that some row weighs, for mark_columns.
-template <class S, int N, class Then>
-DEVICE u32 weigh_keys(const Block<S>& x, const float (&a)[N][4], const int* index, const Point (&at)[2], bool count, bool mark,
-                      Sums<S>& sums, Then&& then) {
+// bits of the columns that some row weighs, for mark_columns. `product`: a are products, seen by all rows, and no support is asked for.
+template <class S, int N, class Index, class Then>
+DEVICE u32 weigh_keys(const Block<S>& x, const float (&a)[N][4], const Index& index, const Point (&at)[2], bool count, bool mark,
+                      Sums<S>& sums, bool product, Then&& then) {
     bool dropout = S::is(DROPOUT) && x.p.seed != nullptr;
     u32 bits = 0;
     x.entmax.choose([&](auto chosen) {
+        auto each = [&](bool support, auto weigh) {
 #pragma unroll
-        for (int n = 0; n < N; n += 2) {
-            float p[2][4], u[2][4];
+            for (int n = 0; n < N; n += 2) {
+                float p[2][4], u[2][4];
 #pragma unroll
-            for (int j = 0; j < 2; ++j)
+                for (int j = 0; j < 2; ++j)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    int r = i / 2;
-                    chosen.weigh(a[n + j][i], at[r], p[j][i], u[j][i]);
-                    if (count) {
-                        sums.p[r] += p[j][i];
-                        sums.u[r] += u[j][i];
-                        sums.support[r] += p[j][i] > 0.f;
+                    for (int i = 0; i < 4; ++i) {
+                        int r = i / 2;
+                        weigh(a[n + j][i], at[r], p[j][i], u[j][i]);
+                        if (count) {
+                            sums.p[r] += p[j][i];
+                            sums.u[r] += u[j][i];
+                            if (support) sums.support[r] += p[j][i] > 0.f;
+                        }
+                        if (mark && u[j][i] != 0.f) bits |= 1u << (2 * (n + j) + i % 2);
+                        if (S::is(DROPOUT) && dropout) {
+                            float keep = x.keep(r, index[(n + j) * 8 + lane() % 4 * 2 + i % 2]);
+                            p[j][i] *= keep;
+                            u[j][i] *= keep;
+                        }
                     }
-                    if (mark && u[j][i] != 0.f) bits |= 1u << (2 * (n + j) + i % 2);
-                    if (S::is(DROPOUT) && dropout) {
-                        float keep = x.keep(r, index[(n + j) * 8 + lane() % 4 * 2 + i % 2]);
-                        p[j][i] *= keep;
-                        u[j][i] *= keep;
-                    }
-                }
-            then(n, p, u);
-        }
+                then(n, p, u);
+            }
+        };
+        if (product) each(false, [&](float y, const Point& of, float& p, float& u) { chosen.weigh_product(y, x.x_scale, of, p, u); });
+        else each(true, [&](float y, const Point& of, float& p, float& u) { chosen.weigh(y, of, p, u); });
     });
     return bits;
 }
@@ -101,15 +105,17 @@ template <class S, int N>
 struct OutputWeights {
     Weights<typename S::T, N> p, u;
 
-    DEVICE u32 set(const Block<S>& x, const float (&a)[N][4], const int* index, const Point (&at)[2], bool count, bool mark,
-                   Sums<S>& sums) {
-        u32 bits = weigh_keys(x, a, index, at, count, mark, sums, [&](int n, const float (&tile_p)[2][4], const float (&tile_u)[2][4]) {
+    template <class Index>
+    DEVICE u32 set(const Block<S>& x, const float (&a)[N][4], const Index& index, const Point (&at)[2], bool count, bool mark,
+                   Sums<S>& sums, bool product = false) {
+        auto take = [&](int n, const float (&tile_p)[2][4], const float (&tile_u)[2][4]) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 p.set(n + j, tile_p[j]);
                 if (S::is(GRAD)) u.set(n + j, tile_u[j]);
             }
-        });
+        };
+        u32 bits = weigh_keys(x, a, index, at, count, mark, sums, product, take);
         p.settle();
         if (S::is(GRAD)) u.settle();
         return bits;
@@ -123,19 +129,20 @@ struct OutputWeights {
 };
 
 // Adds the scores a of N tiles of 8 keys to columns `column` ... of (O, O2); returns as weigh_keys does.
-template <class S, int N, int C>
-DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename S::T* v, int column, const int* index,
-                      const Point (&at)[2], bool count, bool mark, Sums<S>& sums, float (&o)[C][4], float (&o2)[C][4]) {
+template <class S, int N, int C, class Index>
+DEVICE u32 add_output(const Block<S>& x, const float (&a)[N][4], const typename S::T* v, int column, const Index& index,
+                      const Point (&at)[2], bool count, bool mark, Sums<S>& sums, float (&o)[C][4], float (&o2)[C][4],
+                      bool product = false) {
     if constexpr (S::WARPGROUP) {
         OutputWeights<S, N> weights;
-        u32 bits = weights.set(x, a, index, at, count, mark, sums);
+        u32 bits = weights.set(x, a, index, at, count, mark, sums, product);
         open_products<S>();
         weights.multiply(v, column, o, o2);
         close_products<S>(o, o2);
         return bits;
     } else {
         bool grad = S::is(GRAD) && x.p.o2 != nullptr;
-        return weigh_keys(x, a, index, at, count, mark, sums, [&](int n, const float (&p)[2][4], const float (&u)[2][4]) {
+        return weigh_keys(x, a, index, at, count, mark, sums, false, [&](int n, const float (&p)[2][4], const float (&u)[2][4]) {
             multiply_weights<S>(o, o2, p, u, v + column + n * 8 * S::PV, grad);
         });
     }
@@ -210,6 +217,8 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
     using T = typename S::T;
     constexpr int C = value_columns<S>() / 8;
     Point at[2] = {x.entmax.point(m[0], c[0]), x.entmax.point(m[1], c[1])};
+    // As in evaluate().
+    bool plain = S::WARPGROUP && !S::is(ALIBI) && x.p.tau == nullptr && fabsf(m[0]) < 1e4f && fabsf(m[1]) < 1e4f;
     Sums<S> sums;
     int kept = 0;
     // The sums of wider values leave no registers for Q. And NVRTC 13.0 would give the registers of a warpgroup's Q, if they had to last
@@ -220,15 +229,14 @@ DEVICE int write_output(const Block<S>& x, const Tiles<S>& shared, const Keys& k
         float o[C][4], o2[C][4];
         clear(o);
         clear(o2);
-        each_tile(x, shared, keys, true, [&](int tile, const T* k, const T* v, const int* index, bool whole) {
-            float a[S::NT][4];
-            open_products<S>();
-            multiply_left(a, q, k);
-            close_products<S>(a);
-            to_scores(a, x, index, whole);
-            bool mark = list != nullptr && column + 8 * C >= S::BEV;  // in the last pass: the others still find the list as it was
-            u32 bits = add_output(x, a, v, column, index, at, column == 0, mark, sums, o, o2);
-            if (mark) {
+        each_product<S::WARPGROUP>(x, shared, keys, q, true, [&](int tile, auto& a, const T* v, const auto& index, bool whole) {
+            bool product = plain && whole;
+            if (!product) to_scores(a, x, index, whole && !S::WARPGROUP);
+            // In the last pass: the others still find the list as it was.
+            bool mark = !Keys::ALL && column + 8 * C >= S::BEV;
+            [[maybe_unused]] u32 bits = add_output(x, a, v, column, index, at, column == 0, mark, sums, o, o2, product);
+            if constexpr (!Keys::ALL) {
+                if (!mark) return;
                 int* flags = shared.flags + tile % 2 * S::BN;
                 mark_columns<S::NT>(bits, flags);
                 ptx::sync();

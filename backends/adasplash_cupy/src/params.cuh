@@ -57,6 +57,7 @@ struct Params {
     int hit_words;               // of a program's marks: u16, or u32 a group of queries of forward_mark
     int sample, sample_steps;    // see bound.cuh
     int heads_together;          // whose blocks forward_mark takes in turn, so that their keys stay in the L2 cache
+    int heads_in_turn;           // likewise forward_lists and forward_dense, with their values
     int list_percent, dense_percent, least_list;
     u32 keep_from;               // dropout keeps entries whose word is at least this
     float keep_scale;            // 1 / (1 - dropout_p)

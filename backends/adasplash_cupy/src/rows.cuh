@@ -10,15 +10,17 @@ inline constexpr int OPEN = 1 << 30;  // no bound
 enum Entry { EVERY_KEY = -1, FINISHED = -2 };
 
 // One instantiation: element type, padded head dims, what is known of alpha, keys a tile, tiles in flight, Flags, whether the four warps
-// of a block multiply together, as a warpgroup (sm_90a), and programs a multiprocessor that registers must allow (0: the pass knows).
-template <class T_, int BE_, int BEV_, int ALPHA_, int BN_, int STAGES_, int FLAGS_, int WARPGROUP_ = 0, int PROGRAMS_ = 0>
+// of a block multiply together, as a warpgroup (sm_90a), programs a multiprocessor that registers must allow (0: the pass knows), and whether
+// a warpgroup looks at two tiles at once.
+template <class T_, int BE_, int BEV_, int ALPHA_, int BN_, int STAGES_, int FLAGS_, int WARPGROUP_ = 0, int PROGRAMS_ = 0,
+          int PAIRS_ = 0>
 struct Shape {
     using T = T_;
     static constexpr int BE = BE_, BEV = BEV_, ALPHA = ALPHA_, BN = BN_, STAGES = STAGES_, FLAGS = FLAGS_,
                          PROGRAMS = PROGRAMS_;
     static constexpr int PK = pitch<T>(BE), PV = pitch<T>(BEV);  // of rows of Q and K, and of V and dO
     static constexpr int NT = BN / 8;                            // tiles of 8 keys
-    static constexpr bool WARPGROUP = WARPGROUP_ != 0;
+    static constexpr bool WARPGROUP = WARPGROUP_ != 0, PAIRS = PAIRS_ != 0;
     static_assert(!WARPGROUP || (BE >= 32 && BEV >= 32 && sizeof(T) == 2), "panels of 64 columns of 16 bits, the only one half empty");
     using QTile = Layout<T, BE, ROWS, WARPGROUP>;                // of Q, dO, K and V in shared memory
     using OTile = Layout<T, BEV, ROWS, WARPGROUP>;
@@ -33,6 +35,18 @@ DEVICE constexpr int programs(int plain) {
     if (S::PROGRAMS != 0) return S::PROGRAMS;
     bool few = sizeof(typename S::T) == 2 && S::BE <= 64 && S::BEV <= 64 && S::ALPHA != 0 && (S::FLAGS & ~GRAD) == 0;
     return !few ? 1 : plain < ptx::MOST_PROGRAMS ? plain : ptx::MOST_PROGRAMS;
+}
+
+// The at-th block of rows of those that programs take: of so many heads in turn that their keys and values stay in the L2 cache, the blocks
+// that see most under a causal mask first, so that no long one is left for the end.
+struct BlockOfRows {
+    int bh, block;
+};
+DEVICE BlockOfRows block_in_turn(const Params& p, int at) {
+    int first = at / (p.heads_in_turn * p.q_blocks) * p.heads_in_turn, left = p.batch * p.heads - first;
+    int heads = p.heads_in_turn < left ? p.heads_in_turn : left;
+    at -= first * p.q_blocks;
+    return {first + at % heads, p.q_blocks - 1 - at / heads};
 }
 
 // Visible keys lo <= j < hi of a row and its diagonal; rows past the end are empty.

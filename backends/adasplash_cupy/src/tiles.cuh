@@ -1,13 +1,24 @@
 // Walking over keys a tile at a time, the copies of the next tiles under way while one is used.
 //
 // Which keys is told by an object with tiles() and key(tile, i), -1 for none, most() keys in all: a range, a sample of it, or a list. Their indices lie in
-// shared memory as long as the tile does, so that masks and gathers treat all three alike.
+// shared memory as long as the tile does, so that masks and gathers treat all three alike; but where a range is DIRECT none are stored.
 #pragma once
 
+// The keys of a tile where their indices do not lie in shared memory: of a range, and of a list.
+struct Span {
+    int first;
+    DEVICE int operator[](int i) const { return first + i; }
+};
+struct ListSpan {
+    const int* list;
+    int first, count;
+    DEVICE int operator[](int i) const { return first + i < count ? list[first + i] : -1; }
+};
+
 // The tiles of BN keys that cover low .. end; between the edges, where all rows see all keys, only every step-th.
-template <int BN>
+template <int BN, bool DIRECT_ = false>
 struct Range {
-    static constexpr bool ALL = true;  // and not a list
+    static constexpr bool ALL = true, HELD = false, DIRECT = DIRECT_;  // ALL: and not a list
     const u8* key_mask;
     int low, end, start, left_tiles, mid_start, mid_tiles, mid_end, right_tiles, step;
 
@@ -32,6 +43,7 @@ struct Range {
         tile -= left_tiles;
         return tile < mid_tiles ? mid_start + tile * step * BN : mid_end + (tile - mid_tiles) * BN;
     }
+    DEVICE Span span(int tile) const { return {first(tile)}; }
     DEVICE int key(int tile, int i) const {
         int j = first(tile) + i;
         return j >= low && j < end && (key_mask == nullptr || key_mask[j] != 0) ? j : -1;
@@ -40,12 +52,12 @@ struct Range {
 };
 
 // A range's edges, and of its middle so many tiles, each of which stands for those that are left out: an estimate of the whole range's sums.
-template <int BN>
-struct Estimate : Range<BN> {
+template <int BN, bool DIRECT = false>
+struct Estimate : Range<BN, DIRECT> {
     float share;
 
     template <class S>
-    DEVICE Estimate(const Block<S>& x, int step) : Range<BN>(x, step, true) {
+    DEVICE Estimate(const Block<S>& x, int step) : Range<BN, DIRECT>(x, step, true) {
         share = static_cast<float>((this->mid_end - this->mid_start) / BN) / static_cast<float>(this->mid_tiles);
     }
     DEVICE float weight(int tile) const {
@@ -55,23 +67,21 @@ struct Estimate : Range<BN> {
 
 template <int BN>
 struct List {
-    static constexpr bool ALL = false;
+    static constexpr bool ALL = false, HELD = false, DIRECT = false;
     const int* list;
     int count;
 
     DEVICE int most() const { return count; }
     DEVICE int tiles() const { return (count + BN - 1) / BN; }
-    DEVICE int key(int tile, int i) const {
-        int j = tile * BN + i;
-        return j < count ? list[j] : -1;
-    }
+    DEVICE ListSpan span(int tile) const { return {list, tile * BN, count}; }
+    DEVICE int key(int tile, int i) const { return span(tile)[i]; }
     DEVICE float weight(int) const { return 1.f; }
 };
 
 // A list short enough that the rows of K and V of all its tiles lie in shared memory at once: later walks copy nothing.
 template <int BN>
 struct Held {
-    static constexpr bool ALL = false;
+    static constexpr bool ALL = false, HELD = true, DIRECT = false;
     int count;
 
     DEVICE int most() const { return count; }
@@ -95,8 +105,8 @@ struct Held {
 };
 
 // Whether every row sees every key of a tile.
-template <class S>
-DEVICE bool seen_by_all(const Block<S>& x, const int* index) {
+template <class S, class Index>
+DEVICE bool seen_by_all(const Block<S>& x, const Index& index) {
     int first = index[0], last = index[S::BN - 1];
     return x.key_mask == nullptr && first >= x.lo_max && last >= 0 && last < x.hi_min;
 }
@@ -196,10 +206,73 @@ DEVICE void walk_tiles(const Block<S>& x, const Shared& shared, const Keys& keys
     ptx::sync();
 }
 
+// Rows of K of a tile of a direct range, if there is such a tile.
+template <class S, class Keys>
+DEVICE void copy_keys(const Block<S>& x, typename S::T* to, const Keys& keys, int tile) {
+    if (tile < keys.tiles()) copy_rows<typename S::T, S::BE, S::BN, true>(to, x.k, x.p.k_row, x.p.head_dim, keys.first(tile), keys.end);
+}
+
+// The rows of a tile of a direct range; a group of copies, empty beyond the last tile. Hidden keys' rows of V are zeros, as a weight of zero does
+// not undo NaN; their scores are not looked at.
+template <class S, class Shared, class Keys>
+DEVICE void copy_span(const Block<S>& x, const Shared& shared, const Keys& keys, int tile, int stage, bool values) {
+    using T = typename S::T;
+    copy_keys(x, shared.k + stage * Shared::K_SIZE, keys, tile);
+    if (values && tile < keys.tiles()) {
+        int first = keys.first(tile);
+        T* v = shared.v + stage * Shared::V_SIZE;
+        if (first >= keys.low && x.key_mask == nullptr) {
+            copy_rows<T, S::BEV, S::BN, true>(v, x.v, x.p.v_row, x.p.head_dim_v, first, keys.end);
+        } else {
+            each_chunk<T, S::BEV, S::BN, true>([&](int r, int column) {
+                int key = keys.key(tile, r);
+                copy_chunk<true>(v + S::VTile::at(r, column), x.v, x.p.v_row, x.p.head_dim_v, key, column, key >= 0);
+            });
+        }
+    }
+    ptx::commit_copies();
+}
+
+// Which of the tiles in shared memory comes before or after one.
+template <class S>
+DEVICE int stage_before(int stage) {
+    return stage == 0 ? S::STAGES - 1 : stage - 1;
+}
+template <class S>
+DEVICE int stage_after(int stage) {
+    return stage == S::STAGES - 1 ? 0 : stage + 1;
+}
+
+// As each_tile, of a direct range.
+template <bool MEANWHILE, class S, class Shared, class Keys, class Body>
+DEVICE void each_span(const Block<S>& x, const Shared& shared, const Keys& keys, bool values, Body&& body) {
+    int tiles = keys.tiles(), stage = 0;
+    for (int tile = 0; tile < S::STAGES - 1; ++tile) copy_span(x, shared, keys, tile, tile, values);
+    for (int tile = 0; tile < tiles; ++tile, stage = stage_after<S>(stage)) {
+        auto copy = [&] { copy_span(x, shared, keys, tile + S::STAGES - 1, stage_before<S>(stage), values); };
+        if constexpr (S::STAGES == 1) copy();
+        land_copies<S, S::STAGES == 1 ? 0 : S::STAGES - 2>();
+        ptx::sync();
+        if constexpr (S::STAGES > 1 && !MEANWHILE) copy();
+        const typename S::T *k = shared.k + stage * Shared::K_SIZE, *v = shared.v + stage * Shared::V_SIZE;
+        Span index = keys.span(tile);
+        bool whole = seen_by_all(x, index);
+        if constexpr (MEANWHILE && S::STAGES > 1) body(tile, k, v, index, whole, copy);
+        else if constexpr (MEANWHILE) body(tile, k, v, index, whole, [] {});
+        else body(tile, k, v, index, whole);
+        if constexpr (S::STAGES == 1) ptx::sync();
+    }
+    ptx::sync();
+}
+
 template <bool MEANWHILE = false, class S, class Shared, class Keys, class Body>
 DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Keys& keys, bool values, Body&& body) {
-    start_tiles(x, shared, keys, values);
-    walk_tiles<MEANWHILE>(x, shared, keys, values, body);
+    if constexpr (Keys::DIRECT) {
+        each_span<MEANWHILE>(x, shared, keys, values, body);
+    } else {
+        start_tiles(x, shared, keys, values);
+        walk_tiles<MEANWHILE>(x, shared, keys, values, body);
+    }
 }
 
 template <bool MEANWHILE = false, class S, class Shared, class Body>
@@ -215,9 +288,34 @@ DEVICE void each_tile(const Block<S>& x, const Shared& shared, const Held<S::BN>
     }
 }
 
+// What a thread copies of tiles of K whose indices do not lie in shared memory. Those of a list are looked up a while before.
+template <class S, class Keys>
+struct KeyCopies {
+    DEVICE void look_up(const Keys&, int) {}
+    DEVICE void copy(const Block<S>& x, typename S::T* to, const Keys& keys, int tile) const { copy_keys(x, to, keys, tile); }
+};
+template <class S>
+struct KeyCopies<S, List<S::BN>> {
+    static constexpr int CHUNKS = S::BE * static_cast<int>(sizeof(typename S::T)) / 16, STEP = THREADS / CHUNKS, OWN = S::BN / STEP;
+    int keys[OWN];
+
+    DEVICE void look_up(const List<S::BN>& list, int tile) {
+        ListSpan span = list.span(tile);
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) keys[i] = span[ptx::thread() / CHUNKS + i * STEP];
+    }
+    DEVICE void copy(const Block<S>& x, typename S::T* to, const List<S::BN>& list, int tile) const {
+        if (tile >= list.tiles()) return;
+        int row = ptx::thread() / CHUNKS, column = ptx::thread() % CHUNKS * (S::BE / CHUNKS);
+#pragma unroll
+        for (int i = 0; i < OWN; ++i)
+            copy_chunk<true>(to + S::KTile::at(row + i * STEP, column), x.k, x.p.k_row, x.p.head_dim, keys[i], column, keys[i] >= 0);
+    }
+};
+
 // Products to x, in place; -inf where a row does not see a key.
-template <class S, int N>
-DEVICE void to_scores(float (&s)[N][4], const Block<S>& x, const int* index, bool whole) {
+template <class S, int N, class Index>
+DEVICE void to_scores(float (&s)[N][4], const Block<S>& x, const Index& index, bool whole) {
     bool biased = S::is(ALIBI) && x.p.slopes != nullptr;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -235,6 +333,21 @@ DEVICE void to_scores(float (&s)[N][4], const Block<S>& x, const int* index, boo
             }
         }
     }
+}
+
+// The same of a direct range's tile, of which nobody has asked yet what a key mask hides.
+template <class S, int N>
+DEVICE void to_scores(float (&s)[N][4], const Block<S>& x, const Span& keys, bool whole) {
+    to_scores<S, N, Span>(s, x, keys, whole);
+    if (x.key_mask == nullptr) return;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            int key = keys[n * 8 + lane() % 4 * 2 + e];
+            bool hidden = x.key_mask[key >= x.low && key < x.end ? key : x.low] == 0;
+            if (hidden) s[n][e] = s[n][2 + e] = -INFINITE;
+        }
 }
 
 // Sets flags[column] where a thread has bit 2 n + e of its own column n * 8 + 2 (lane % 4) + e.
