@@ -51,7 +51,8 @@ class ForwardConfig(KernelConfig):
 class BackwardConfig(KernelConfig):
     """The backward's tiles, and which passes multiply by whole warpgroups (Hopper).
 
-    ``..._programs`` are programs a multiprocessor that registers must allow; 0: by the kernel's own rule, which spills nothing.
+    ``..._programs`` are programs a multiprocessor that registers must allow; 0: by the kernel's own rule, which spills nothing. Three
+    ``stages`` and ``row_stages`` let warpgroups of heads up to 64 columns multiply a tile's gradients beside the next tile's scores.
     """
 
     keys: int = 32  # of backward_rows, which walks all keys; a multiple of 16
@@ -64,7 +65,9 @@ class BackwardConfig(KernelConfig):
     lists_programs: int = 0
     rows: int = 64  # query rows at a time in backward_keys
     keys_warpgroups: int = 0
+    row_stages: int = 2  # of backward_keys with warpgroups
     keys_programs: int = 0
+    turn_mib: int = 32  # of what is read of heads whose blocks backward_rows and backward_keys take in turn; 0: head by head
 
 
 def uses_lists(spec: AttentionSpec, kv_len: int) -> bool:
@@ -157,7 +160,9 @@ def backward_instances(spec: AttentionSpec, config: BackwardConfig) -> dict[str,
             "backward_lists", config.list_keys, config.list_stages, rows_flags, lists, config.lists_programs
         ),
         "backward_rows": instance("backward_rows", config.keys, config.stages, rows_flags, rows, config.rows_programs),
-        "backward_keys": instance("backward_keys", config.rows, 1 + keys, flags, keys, config.keys_programs),
+        "backward_keys": instance(
+            "backward_keys", config.rows, config.row_stages if keys else 1, flags, keys, config.keys_programs
+        ),
     }
 
 
@@ -208,13 +213,13 @@ def default_backward(spec: AttentionSpec, device: DeviceInfo) -> BackwardConfig:
     if spec.dtype == "float32":
         config = replace(config, rows=32 if width <= 64 else 16)
     if device.capability == (9, 0) and takes_warpgroups_backward(spec) and (plain or width <= 64):
-        rows = 64 if plain else 32
-        config = replace(config, rows_warpgroups=1, keys=64, stages=2 if width <= 64 else 1, keys_warpgroups=1, rows=rows)
+        stages = 1 if width > 64 else 2 if spec.alpha_requires_grad else 3
+        config = replace(config, rows_warpgroups=1, keys=64, stages=stages, keys_warpgroups=1, rows=64)
+        config = replace(config, row_stages=3 if width <= 64 else 2)
         if plain:  # dK and dV over lists take 64 keys at a time
             config = replace(config, lists_warpgroups=1, list_keys=64, list_stages=1)
         if plain and width <= 64:
-            short = 0 < (spec.kv_len or 0) <= short_length(spec.head_dim, spec.head_dim_v)
-            config = replace(config, list_stages=2, lists_programs=3, keys_programs=3 if short else 0)
+            config = replace(config, list_stages=2, lists_programs=3)
     while _rows_bytes(spec, config) > _limit(device) and config.stages > 1:
         config = replace(config, stages=1, list_stages=1)
     while _rows_bytes(spec, config) > _limit(device) and config.keys > 16:
@@ -302,7 +307,7 @@ def _rows_choices(base: BackwardConfig) -> Iterator[BackwardConfig]:
         tiles = [(1, 64), (1, 32), (0, 32), (0, 64)]
         yield replace(base, keys=32, rows_programs=3)
     for together, keys in tiles:
-        for stages in (1, 2):
+        for stages in (1, 2, 3):
             yield replace(base, rows_warpgroups=together, keys=keys, stages=stages)
 
 
@@ -323,7 +328,9 @@ def _keys_choices(base: BackwardConfig) -> Iterator[BackwardConfig]:
         for together in (base.keys_warpgroups, 0):
             yield replace(base, keys_warpgroups=together, rows=rows)
     if base.keys_warpgroups:
-        yield replace(base, keys_programs=3)
+        yield replace(base, rows=32, keys_programs=3)
+        yield replace(base, row_stages=2)
+    yield replace(base, turn_mib=0)
 
 
 def _spills(spec: AttentionSpec, keys: int, most: int) -> bool:

@@ -94,7 +94,7 @@ class Instance:
         if self.kernel == "transform":
             return 3 * WARPS * 4
         if self.kernel == "backward_keys":
-            return start + KEYS * (row_k + row_v) + self.stages * self.tile * (row_k + row_v + 7 * 4)
+            return start + KEYS * (row_k + row_v) + self.stages * self.tile * (row_k + row_v + 8 * 4)
         if self.kernel == "forward_short":
             tiles = SHORT_ROWS * row_k + self.stages * 128 * max(row_k, row_v)
             return tiles + (64 * WARPS + 2 * self.tile + 32) * 4

@@ -303,6 +303,10 @@ def _backward_program(call: AttentionCall, table: Table, refused: frozenset[Inst
     else:
         values.update(blocks=0, pool=0)
     values["delta"] = workspace.add(4 * batch * heads * q_len)
+    group = heads // kv_heads
+    # A query head's share of K and V, or its Q and dO.
+    head_bytes = max(q_len, -(-kv_len // group)) * (head_dim + head_dim_v) * query.element_size()
+    values["heads_in_turn"] = min(max(1, config.turn_mib * 2**20 // (head_bytes * group)) * group, batch * heads)
     outputs.append(workspace.output())
     instances = _admitted(backward_instances(spec, config), refused)
     chunks = -(-max(head_dim, head_dim_v) // COLUMNS)

@@ -63,7 +63,9 @@ class _Warpgroups(EmulatedCupyBackend):
     def default_config(self, *_: Any) -> KernelConfig:
         if _[2] == "forward":
             return ForwardConfig(lists_warpgroups=1, dense_warpgroups=1, stages=4)
-        return BackwardConfig(keys=64, rows_warpgroups=1, list_keys=64, lists_warpgroups=1, keys_warpgroups=1)
+        return BackwardConfig(
+            keys=64, stages=3, rows_warpgroups=1, list_keys=64, lists_warpgroups=1, keys_warpgroups=1, row_stages=3
+        )
 
     def tuning_space(self, *_: Any) -> tuple[()]:
         return ()

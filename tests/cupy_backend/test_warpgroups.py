@@ -133,7 +133,7 @@ def draw(
 def run(call: AttentionCall, backward: dict[str, Any], **forward: Any) -> tuple[ForwardResult, Gradients, torch.Tensor]:
     info = device_info("cpu")
     of_forward = {"keys": 64, "stages": 2, "dense_stages": 2, "least_list": 4096, "lists_warpgroups": 1, "dense_warpgroups": 1}
-    of_backward = {"keys": 64, "stages": 2, "list_keys": 64, "rows": 32} | BACKWARD_WARPGROUPS
+    of_backward = {"keys": 64, "stages": 3, "list_keys": 64, "rows": 32, "row_stages": 3} | BACKWARD_WARPGROUPS
     first, second = (
         dataclasses.replace(BACKEND.default_config(call.spec, info, pass_), **config)  # type: ignore[arg-type]
         for pass_, config in (("forward", of_forward | forward), ("backward", of_backward | backward))
@@ -160,7 +160,12 @@ CALLS: dict[str, Any] = {
     "flat rows": lambda: (draw(70, 200, spread=0.05, dtype=torch.bfloat16), {}, {}, {}),
     "sparsemax": lambda: (draw(70, 300, spread=1.0), {"alpha": 2.0}, {}, {}),
     "another alpha": lambda: (draw(70, 300), {"alpha": 1.3}, {}, {}),
-    "one stage": lambda: (draw(70, 200), {}, {"stages": 1, "list_stages": 1}, {"stages": 1, "dense_stages": 1}),
+    "one stage": lambda: (
+        draw(70, 200),
+        {},
+        {"stages": 1, "row_stages": 1, "list_stages": 1},
+        {"stages": 1, "dense_stages": 1},
+    ),
     "longer lists held by the last pass": lambda: (draw(64, 300, spread=2.0), {}, {}, {"stages": 3, "dense_stages": 5}),
     "longer lists held": lambda: (draw(64, 400, spread=2.0), {"is_causal": True, "query_offset": 250}, {}, {"stages": 5}),
     "32 keys a tile": lambda: (draw(70, 200), {"window": (60, 5)}, {}, {"keys": 32}),
@@ -180,6 +185,14 @@ CALLS: dict[str, Any] = {
     "32 keys of all": lambda: (draw(70, 200), {}, {"keys": 32}, {}),
     "a tile at a time": lambda: (draw(70, 300), {"window": (90, 5)}, {}, {"dense_pairs": 0}),
     "hidden keys": lambda: (draw(70, 200), {"attn_mask": torch.rand(1, 1, 1, 200) < 0.5}, {}, {"dense_stages": 3}),
+    "two stages, 64 rows": lambda: (
+        draw(150, 200),
+        {"is_causal": True, "query_offset": 50},
+        {"stages": 2, "row_stages": 2, "rows": 64},
+        {},
+    ),
+    "four stages": lambda: (draw(70, 400, dtype=torch.bfloat16), {"window": (300, 40)}, {"stages": 4}, {}),
+    "dropout": lambda: (draw(70, 200), {"dropout_p": 0.3, "is_causal": True, "query_offset": 130}, {}, {}),
 }
 
 

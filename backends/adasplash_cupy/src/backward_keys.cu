@@ -5,7 +5,8 @@
 // Starts from what backward_rows added by atomics (if lists were kept) and writes the gradients in their own dtype; with no lists at all
 // the result is the same bits in every run. Keys lie on the M side: p^T and ds^T are at once the left operands of the second products.
 // S::BN query rows are taken at a time, and with two stages the next are on their way meanwhile; wide heads are split over programs
-// (block_y), which compute the same scores.
+// (block_y), which compute the same scores. A warpgroup multiplies while it weighs: p^T dO is under way while ds follows from dp, and with
+// three stages ds^T Q while the next rows' scores are multiplied.
 #include "ptx.cuh"
 #include "wgmma.cuh"
 #include "params.cuh"
@@ -29,7 +30,7 @@ struct KeysTiles {
     static constexpr int RB = S::BN;
     static_assert(KEYS == ROWS, "keys lie where other passes have queries, and query rows where they have keys");
     T *k, *v, *q, *d_out;
-    float *m, *c, *e, *delta;  // as q and d_out of STAGES times RB rows
+    float *m, *c, *e, *start, *delta;  // as q and d_out of STAGES times RB rows; start: Entmax::intercept()
     int *lo, *hi, *diag;
 
     DEVICE KeysTiles() {
@@ -42,6 +43,7 @@ struct KeysTiles {
         at = take(at, m, S::STAGES * RB);
         at = take(at, c, S::STAGES * RB);
         at = take(at, e, S::STAGES * RB);
+        at = take(at, start, S::STAGES * RB);
         at = take(at, delta, S::STAGES * RB);
         at = take(at, lo, S::STAGES * RB);
         at = take(at, hi, S::STAGES * RB);
@@ -49,7 +51,7 @@ struct KeysTiles {
     }
     DEVICE static constexpr int bytes() {
         int elements = S::QTile::SIZE + S::OTile::SIZE + S::STAGES * (S::KTile::SIZE + S::VTile::SIZE);
-        return (S::WARPGROUP ? 1024 : 0) + elements * static_cast<int>(sizeof(T)) + S::STAGES * 7 * RB * 4;
+        return (S::WARPGROUP ? 1024 : 0) + elements * static_cast<int>(sizeof(T)) + S::STAGES * 8 * RB * 4;
     }
 
     template <class X>
@@ -92,6 +94,15 @@ DEVICE void store_sums(T* to, const float (&d)[C][4], i64 stride, int keys, int 
     }
 }
 
+// As block_in_turn(), of blocks of keys: the first ones are seen by most rows under a causal mask.
+DEVICE BlockOfRows keys_in_turn(const Params& p, int at) {
+    int key_blocks = (p.kv_len + KEYS - 1) / KEYS, together = (p.heads_in_turn + p.group - 1) / p.group;
+    int first = at / (together * key_blocks) * together, left = p.batch * (p.heads / p.group) - first;
+    int heads = together < left ? together : left;
+    at -= first * key_blocks;
+    return {first + at % heads, at / heads};
+}
+
 template <class S>
 KERNEL(THREADS, programs<S>(2))
 backward_keys(PARAMS p) {
@@ -99,11 +110,11 @@ backward_keys(PARAMS p) {
     constexpr int RB = S::BN, MOST = key_columns<S>();
     constexpr int CK = (S::BE < MOST ? S::BE : MOST) / 8, CV = (S::BEV < MOST ? S::BEV : MOST) / 8;
     // Wide heads lack the registers for a second form of the loop over entries, and for a row's state while it is on its way.
-    constexpr bool ROOM = S::BE + S::BEV <= 128;
+    constexpr bool ROOM = S::BE + S::BEV <= 128, OVERLAPS = S::WARPGROUP && ROOM;
     KeysTiles<S> shared;
-    int key_blocks = (p.kv_len + KEYS - 1) / KEYS, kv_bh = ptx::block_x() / key_blocks;
+    auto [kv_bh, key_block] = keys_in_turn(p, ptx::block_x());
     int kv_heads = p.heads / p.group, b = kv_bh / kv_heads, kv_head = kv_bh % kv_heads;
-    int first = ptx::block_x() % key_blocks * KEYS, keys = p.kv_len - first < KEYS ? p.kv_len - first : KEYS;
+    int first = key_block * KEYS, keys = p.kv_len - first < KEYS ? p.kv_len - first : KEYS;
     // A chunk of columns of dK and one of dV; a head that is narrower has fewer.
     int column = ptx::block_y() * MOST, k_column = column < S::BE ? column : 0, v_column = column < S::BEV ? column : 0;
     if (column >= S::BE && column >= S::BEV) return;
@@ -124,13 +135,17 @@ backward_keys(PARAMS p) {
     bool keys_open = p.key_mask == nullptr && keys == KEYS;  // no key is hidden from all rows
     Left<S, S::BE, false> k(shared.k);
     Left<S, S::BEV, false> v(shared.v);
-    int first_block = 0, last_block = p.q_blocks;
+    // Rows that see some of the keys, the first a tile's, and those that see all of them. Where intervals only move to the right from row
+    // to row, this is all there is to know.
+    int from = 0, until = p.q_len, whole_from = OPEN, whole_until = 0;
     if (p.lo == nullptr) {
-        i64 lowest = static_cast<i64>(first) - p.shift - p.right, highest = static_cast<i64>(first) + KEYS + p.left - p.shift;
-        first_block = lowest > 0 ? static_cast<int>(lowest / ROWS) : 0;
-        i64 last = highest > 0 ? (highest + ROWS - 1) / ROWS : 0;
-        last_block = last < p.q_blocks ? static_cast<int>(last) : p.q_blocks;
+        auto row_within = [&](i64 row) { return static_cast<int>(row < 0 ? 0 : row < p.q_len ? row : p.q_len); };
+        i64 on_diagonal = static_cast<i64>(first) - p.shift;
+        from = row_within(on_diagonal - p.right) / RB * RB;
+        until = row_within(on_diagonal + KEYS + p.left);
+        if (keys_open) whole_from = row_within(on_diagonal + KEYS - 1 - p.right), whole_until = row_within(on_diagonal + p.left + 1);
     }
+    int first_block = from / ROWS, last_block = (until + ROWS - 1) / ROWS;
     for (int g = 0; g < p.group; ++g) {
         int head = kv_head * p.group + g, bh = b * p.heads + head;
         Block<S> x(p, bh, 0);
@@ -141,39 +156,35 @@ backward_keys(PARAMS p) {
             if (!ptx::sync_any(dense)) continue;
         }
         bool dropout = S::is(DROPOUT) && p.seed != nullptr, biased = S::is(ALIBI) && p.slopes != nullptr;
-        int until = last_block * ROWS < p.q_len ? last_block * ROWS : p.q_len;
         // Lengths of the lists of the rows that find() looks at next, on their way while it is not asked.
         auto listed = [&](int row) { return blocks != nullptr && row < until ? blocks[2 * (row / ROWS) + 1] : -1; };
-        int ahead = listed(first_block * ROWS);
+        int ahead = listed(from);
         // The first rows from `row` on that want some key. All threads are done with the rows before when there are some.
         auto find = [&](int row) {
             for (; row < until; row += RB) {
                 int length = ahead;
                 ahead = listed(row + RB);
                 if (length >= 0) continue;
-                if (p.lo == nullptr) {
-                    // Intervals only move to the right from row to row.
-                    int last = (row + RB < until ? row + RB : until) - 1;
-                    if (interval(p, b, last).hi > first && interval(p, b, row).lo < first + KEYS) break;
-                } else {
-                    bool wanted = false;
-                    if (ptx::thread() < RB) {
-                        Interval seen = interval(p, b, row + ptx::thread());
-                        wanted = seen.lo < seen.hi && seen.hi > first && seen.lo < first + KEYS;
-                    }
-                    if (ptx::sync_any(wanted)) break;
+                if (p.lo == nullptr) break;
+                bool wanted = false;
+                if (ptx::thread() < RB) {
+                    Interval seen = interval(p, b, row + ptx::thread());
+                    wanted = seen.lo < seen.hi && seen.hi > first && seen.lo < first + KEYS;
                 }
+                if (ptx::sync_any(wanted)) break;
             }
-            return row;
+            return ptx::shuffle(row, 0);  // all lanes know it already; now the compiler does
         };
-        // Whether all rows of a tile see all keys.
-        auto open = [&](int row) {
-            return keys_open && p.lo == nullptr && row + RB <= p.q_len && interval(p, b, row + RB - 1).lo <= first &&
-                   interval(p, b, row).hi >= first + KEYS;
-        };
+        [[maybe_unused]] InnerRows<T, S::BE, RB> inner_q(x.q(), p.q_row, p.head_dim, 0);
+        [[maybe_unused]] InnerRows<T, S::BEV, RB> inner_d_out(x.d_out(), p.d_out_row, p.head_dim_v, 0);
+        [[maybe_unused]] int copied = 0;
         auto copy = [&](int row, int stage) {
-            if (row < until) {
-                T *q = shared.q + stage * S::KTile::SIZE, *d_out = shared.d_out + stage * S::VTile::SIZE;
+            T *q = shared.q + stage * S::KTile::SIZE, *d_out = shared.d_out + stage * S::VTile::SIZE;
+            if (OVERLAPS && row + RB <= until) {
+                inner_q.skip(row - copied), inner_d_out.skip(row - copied);
+                inner_q.copy(q), inner_d_out.copy(d_out);
+                copied = row + RB;
+            } else if (row < until) {
                 copy_rows<T, S::BE, RB, S::WARPGROUP>(q, x.q(), p.q_row, p.head_dim, row, p.q_len);
                 copy_rows<T, S::BEV, RB, S::WARPGROUP>(d_out, x.d_out(), p.d_out_row, p.head_dim_v, row, p.q_len);
             }
@@ -194,11 +205,13 @@ backward_keys(PARAMS p) {
             int i = stage * RB + ptx::thread();
             Point point = x.entmax.point(of_row.m, of_row.c);
             shared.m[i] = point.m, shared.c[i] = point.c, shared.e[i] = point.e;
+            if (OVERLAPS) x.entmax.choose([&](auto chosen) { shared.start[i] = chosen.intercept(point); });
             shared.delta[i] = of_row.delta;
             Interval seen = interval(p, b, row + ptx::thread());
             shared.lo[i] = seen.lo, shared.hi[i] = seen.hi, shared.diag[i] = seen.diag;
         };
-        int row = find(first_block * ROWS), next = row, stage = 0;
+        auto after = [](int stage) { return stage == S::STAGES - 1 ? 0 : stage + 1; };
+        int row = find(from), next = row, stage = 0;
         if (S::STAGES > 1) {
             ptx::sync();  // the head before is done with
             copy(row, 0);
@@ -213,90 +226,192 @@ backward_keys(PARAMS p) {
             }
             land_copies<S, 0>();
             bool huge = ptx::sync_any(ROOM && !(fabsf(of_row.m) < 1e4f));  // an m that would cost c its digits
-            if (S::STAGES > 1) {
-                next = find(row + RB);
-                copy(next, stage ^ 1);
-                load(next);
-                if (!ROOM && next < until) store(next, stage ^ 1);
-            }
             const T *q = shared.q + stage * S::KTile::SIZE, *d_out = shared.d_out + stage * S::VTile::SIZE;
             float a[RB / 8][4], dp[RB / 8][4];
-            open_products<S>();
-            multiply_left(a, k, q);
-            multiply_left(dp, v, d_out);
-            close_products<S>(a, dp);
-            bool whole = ROOM && open(row) && !biased && !huge;
-            x.entmax.choose([&](auto chosen) {
-                auto take = [&](auto weigh) {
-#pragma unroll
-                    for (int n = 0; n < RB / 8; ++n) {
-                        int in_tile = n * 8 + lane() % 4 * 2, at = stage * RB + in_tile;
-                        Two m = pair_of(shared.m + at), c = pair_of(shared.c + at), e = pair_of(shared.e + at);
-                        Two delta = pair_of(shared.delta + at);
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            int j = i % 2;
-                            float keep = 1.f, weight, u;
-                            if (S::is(DROPOUT) && dropout)
-                                keep = dropout_factor(x.seed, p.keep_from, p.keep_scale, row + in_tile + j, key[i / 2], bh);
-                            weigh(a[n][i], Point{m.x[j], c.x[j], e.x[j]}, at + j, key[i / 2], weight, u);
-                            dp[n][i] = score_gradient<S::is(DROPOUT)>(dp[n][i], keep, delta.x[j], u, weight);
-                            a[n][i] = weight;
-                        }
-                    }
-                };
-                if (whole) {
-                    take([&](float y, const Point& of, int, int, float& weight, float& u) {
-                        chosen.weigh_product(y, x.x_scale, of, weight, u);
-                    });
-                } else {
-                    take([&](float y, const Point& of, int at, int j, float& weight, float& u) {
-                        float score = y * x.x_scale;
-                        if (S::is(ALIBI) && biased) {
-                            int distance = shared.diag[at] - j;
-                            score -= x.slope * static_cast<float>(distance < 0 ? -distance : distance);
-                        }
-                        if (j < shared.lo[at] || j >= shared.hi[at]) score = -INFINITE;
-                        chosen.weigh(score, of, weight, u);
-                    });
+            auto multiply_values = [&] {
+                open_products<S>();
+                multiply_left(dp, v, d_out);
+                commit_products<S>();
+            };
+            if constexpr (OVERLAPS) {
+                open_products<S>();
+                multiply_left(a, k, q);
+                commit_products<S>();
+                if constexpr (!DEFERS<S>) multiply_values();
+            }
+            if (S::STAGES > 1) {
+                next = find(row + RB);
+                copy(next, after(stage));
+                load(next);
+                if (!ROOM && next < until) store(next, after(stage));
+            }
+            bool whole = ROOM && row >= whole_from && row + RB <= whole_until && !biased && !huge;
+            // x of a product.
+            auto score_of = [&](float y, int at, int j) {
+                float score = y * x.x_scale;
+                if (S::is(ALIBI) && biased) {
+                    int distance = shared.diag[at] - j;
+                    score -= x.slope * static_cast<float>(distance < 0 ? -distance : distance);
                 }
-            });
-            if constexpr (S::WARPGROUP) {
+                bool hidden = static_cast<int>(j < shared.lo[at]) | static_cast<int>(j >= shared.hi[at]);
+                return hidden ? -INFINITE : score;
+            };
+            auto keep_of = [&](int in_tile, int r) {
+                return dropout_factor(x.seed, p.keep_from, p.keep_scale, row + in_tile, key[r], bh);
+            };
+            if constexpr (OVERLAPS) {
+                if constexpr (DEFERS<S>) {
+                    land_products<S, 0>(a);
+                    multiply_values();
+                } else {
+                    land_products<S, 1>(a);
+                }
                 Weights<T, RB / 8> weights, ds;
-                weights.set(a);
-                ds.set(dp);
+                u32 kept = 0;  // bits of entries
+                x.entmax.choose([&](auto chosen) {
+                    auto take = [&](auto weigh) {
+#pragma unroll
+                        for (int n = 0; n < RB / 8; ++n) {
+                            int in_tile = n * 8 + lane() % 4 * 2;
+                            float weight[4];
+                            weigh(n, stage * RB + in_tile, weight);
+                            if (S::is(DROPOUT) && dropout) {
+#pragma unroll
+                                for (int i = 0; i < 4; ++i) {
+                                    float keep = keep_of(in_tile + i % 2, i / 2);
+                                    weight[i] = weight[i] == 0.f ? 0.f : weight[i] * keep;
+                                    kept |= keep > 0.f ? 1u << (4 * n + i) : 0;
+                                }
+                            }
+                            weights.set(n, weight);
+                        }
+                    };
+                    if (whole) {
+                        take([&](int n, int at, float (&weight)[4]) {
+                            Two start = pair_of(shared.start + at);
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) {
+                                float u;
+                                chosen.weigh_line(a[n][i], x.x_scale, start.x[i % 2], weight[i], u);
+                                a[n][i] = u;
+                            }
+                        });
+                    } else {
+                        take([&](int n, int at, float (&weight)[4]) {
+                            Two m = pair_of(shared.m + at), c = pair_of(shared.c + at), e = pair_of(shared.e + at);
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) {
+                                int j = i % 2;
+                                float u;
+                                chosen.weigh(score_of(a[n][i], at + j, key[i / 2]), Point{m.x[j], c.x[j], e.x[j]}, weight[i], u);
+                                a[n][i] = u;
+                            }
+                        });
+                    }
+                });
                 weights.settle();
-                ds.settle();
-                ptx::settle(d_v);
-                ptx::settle(d_k);
                 open_products<S>();
                 multiply_weights<typename S::VTile>(d_v, weights, d_out, v_column);
+                commit_products<S>();
+                land_products<S, 1>(dp);
+                auto each = [&](auto gradient) {
+#pragma unroll
+                    for (int n = 0; n < RB / 8; ++n) {
+                        Two delta = pair_of(shared.delta + stage * RB + n * 8 + lane() % 4 * 2);
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) dp[n][i] = gradient(n, i, delta.x[i % 2]);
+                    }
+                };
+                if (!S::is(DROPOUT) && whole) {
+                    each([&](int n, int i, float delta) { return a[n][i] * (dp[n][i] - delta); });
+                } else {
+                    each([&](int n, int i, float delta) {
+                        float keep = !dropout ? 1.f : (kept >> (4 * n + i) & 1) != 0 ? p.keep_scale : 0.f, weight = 0.f;
+                        return score_gradient<S::is(DROPOUT)>(dp[n][i], keep, delta, a[n][i], weight);
+                    });
+                }
+                if constexpr (DEFERS<S>) {
+                    ptx::settle(dp);
+                    land_products<S, 0>(d_v);
+                }
+                ds.set(dp);
+                ds.settle();
+                open_products<S>();
                 multiply_weights<typename S::KTile>(d_k, ds, q, k_column);
-                close_products<S>(d_v, d_k);
+                commit_products<S>();
+                if constexpr (!DEFERS<S>) land_products<S, 0>(d_v, d_k);
             } else {
+                open_products<S>();
+                multiply_left(a, k, q);
+                multiply_left(dp, v, d_out);
+                close_products<S>(a, dp);
+                x.entmax.choose([&](auto chosen) {
+                    auto take = [&](auto weigh) {
 #pragma unroll
-                for (int n = 0; n < RB / 8; n += 2) {
-                    float part[2][4];
+                        for (int n = 0; n < RB / 8; ++n) {
+                            int in_tile = n * 8 + lane() % 4 * 2, at = stage * RB + in_tile;
+                            Two m = pair_of(shared.m + at), c = pair_of(shared.c + at), e = pair_of(shared.e + at);
+                            Two delta = pair_of(shared.delta + at);
 #pragma unroll
-                    for (int j = 0; j < 2; ++j)
+                            for (int i = 0; i < 4; ++i) {
+                                int j = i % 2;
+                                float keep = 1.f, weight, u;
+                                if (S::is(DROPOUT) && dropout)
+                                    keep = keep_of(in_tile + j, i / 2);
+                                weigh(a[n][i], Point{m.x[j], c.x[j], e.x[j]}, at + j, key[i / 2], weight, u);
+                                dp[n][i] = score_gradient<S::is(DROPOUT)>(dp[n][i], keep, delta.x[j], u, weight);
+                                a[n][i] = weight;
+                            }
+                        }
+                    };
+                    if (whole) {
+                        take([&](float y, const Point& of, int, int, float& weight, float& u) {
+                            chosen.weigh_product(y, x.x_scale, of, weight, u);
+                        });
+                    } else {
+                        take([&](float y, const Point& of, int at, int j, float& weight, float& u) {
+                            chosen.weigh(score_of(y, at, j), of, weight, u);
+                        });
+                    }
+                });
+                if constexpr (S::WARPGROUP) {
+                    Weights<T, RB / 8> weights, ds;
+                    weights.set(a);
+                    ds.set(dp);
+                    weights.settle();
+                    ds.settle();
+                    ptx::settle(d_v);
+                    ptx::settle(d_k);
+                    open_products<S>();
+                    multiply_weights<typename S::VTile>(d_v, weights, d_out, v_column);
+                    multiply_weights<typename S::KTile>(d_k, ds, q, k_column);
+                    close_products<S>(d_v, d_k);
+                } else {
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) part[j][i] = a[n + j][i];
-                    multiply_weights<T, S::PV>(d_v, part, d_out + n * 8 * S::PV + v_column);
+                    for (int n = 0; n < RB / 8; n += 2) {
+                        float part[2][4];
 #pragma unroll
-                    for (int j = 0; j < 2; ++j)
+                        for (int j = 0; j < 2; ++j)
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) part[j][i] = dp[n + j][i];
-                    multiply_weights<T, S::PK>(d_k, part, q + n * 8 * S::PK + k_column);
+                            for (int i = 0; i < 4; ++i) part[j][i] = a[n + j][i];
+                        multiply_weights<T, S::PV>(d_v, part, d_out + n * 8 * S::PV + v_column);
+#pragma unroll
+                        for (int j = 0; j < 2; ++j)
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) part[j][i] = dp[n + j][i];
+                        multiply_weights<T, S::PK>(d_k, part, q + n * 8 * S::PK + k_column);
+                    }
                 }
             }
             if (S::STAGES > 1) {
-                stage ^= 1;
+                stage = after(stage);
                 if (ROOM && next < until) store(next, stage);
             } else {
                 next = find(row + RB);
                 ptx::sync();
             }
         }
+        if constexpr (OVERLAPS && DEFERS<S>) land_products<S, 0>(d_v, d_k);
     }
     ptx::wait_copies<0>();
     i64 kv_at = static_cast<i64>(kv_bh) * p.kv_len + first;

@@ -13,6 +13,7 @@
 #include "tiles.cuh"
 #include "gradient.cuh"
 #include "gradient_rows.cuh"
+#include "gradient_range.cuh"
 
 template <class S>
 KERNEL(THREADS, programs<S>(S::WARPGROUP ? 2 : 3))
@@ -20,23 +21,26 @@ backward_rows(PARAMS p) {
     using T = typename S::T;
     constexpr int C = (S::BE < 128 ? S::BE : 128) / 8;
     // dQ's bias, see below, is taken out at the end where u K has room in registers, and else is known before.
-    constexpr bool ONE_PASS = S::BE <= 64;
+    constexpr bool ONE_PASS = S::BE <= 64, OVERLAPS = ONE_PASS && S::WARPGROUP && !S::is(ALPHA_GRAD);
     RowsTiles<S, false> shared;
-    Block<S> x(p, ptx::block_x() / p.q_blocks, p.q_blocks - 1 - ptx::block_x() % p.q_blocks);
+    auto [bh, block] = block_in_turn(p, ptx::block_x());
+    Block<S> x(p, bh, block);
     if (p.blocks != nullptr && p.blocks[2 * x.block_at() + 1] >= 0) return;  // backward_lists has it
     copy_operands(x, shared);
     x.find_rows(shared.scratch);
     // Each of these takes the time of a trip to memory: all are under way before one is waited for.
     Range<S::BN> range(x, 1, true);
-    start_tiles(x, shared, range, true);
+    [[maybe_unused]] RangeTiles<S, RowsTiles<S, false>> tiles(x, shared, range);
+    if constexpr (OVERLAPS) tiles.start();
+    else start_tiles(x, shared, range, true);
     RowState<S> state;
     state.load(x);
-    land_copies<S, S::STAGES - 1>();
+    land_copies<S, OVERLAPS ? TILES_AHEAD<S> : S::STAGES - 1>();
     ptx::sync();  // a row's chunks were copied by others
     state.open(x, shared);
     ptx::sync();
     RowOperands<S> rows(shared);
-    float a[S::NT][4], dp[S::NT][4];
+    [[maybe_unused]] float a[S::NT][4], dp[S::NT][4];
     // Sparsemax weighs all keys of the support alike, so over long ones the roundings of ds add up.
     bool in_two_parts = x.entmax.is(LINEAR);
     // O2 was rounded to the inputs' dtype. Over a handful of keys that is lost in the noise; over thousands with equal weights it is one
@@ -45,34 +49,19 @@ backward_rows(PARAMS p) {
         float d_q[C][4], u_k[C][4], rest[2] = {0.f, 0.f}, total[2] = {0.f, 0.f};
         clear(d_q);
         clear(u_k);
-        walk_tiles(x, shared, range, true, [&](int, const T* k, const T* v, const int* index, bool whole) {
-            bool products = tile_products(x, rows, state, k, v, index, whole, true, a, dp);
-            tile_gradient(x, index, products, state, a, dp, [&](int n, int i, float u, float ds) {
-                rest[i / 2] += ds, total[i / 2] += u;
-                a[n][i] = u;  // p is not wanted
-            });
-            if constexpr (S::WARPGROUP) {
-                Weights<T, S::NT> w, w_u;
-                w.set(dp);
-                w_u.set(a);
-                w.settle();
-                w_u.settle();
-                open_products<S>();
-                multiply_weights<typename S::KTile>(d_q, w, k, 0);
-                multiply_weights<typename S::KTile>(u_k, w_u, k, 0);
-                close_products<S>(d_q, u_k);
-                if (in_two_parts) {
-                    w.set_rest(dp);
-                    w.settle();
-                    open_products<S>();
-                    multiply_weights<typename S::KTile>(d_q, w, k, 0);
-                    close_products<S>(d_q);
-                }
-            } else {
+        if constexpr (OVERLAPS) {
+            sum_range(tiles, rows, state, in_two_parts, d_q, u_k, rest, total);
+        } else {
+            walk_tiles(x, shared, range, true, [&](int, const T* k, const T* v, const int* index, bool whole) {
+                bool products = tile_products(x, rows, state, k, v, index, whole, true, a, dp);
+                tile_gradient(x, index, products, state, a, dp, [&](int n, int i, float u, float ds) {
+                    rest[i / 2] += ds, total[i / 2] += u;
+                    a[n][i] = u;  // p is not wanted
+                });
                 add_d_q<S>(d_q, dp, k, 0, in_two_parts);
                 add_d_q<S>(u_k, a, k, 0, false);
-            }
-        });
+            });
+        }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             rest[r] = row_sum(rest[r]), total[r] = row_sum(total[r]);

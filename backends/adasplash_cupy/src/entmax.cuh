@@ -76,10 +76,19 @@ struct Entmax {
     }
     template <Form FORM>
     DEVICE void weigh_product(float a, float factor, const Point& at, float& p, float& u) const {
-        if constexpr (FORM == Form::SQUARE || FORM == Form::LINEAR) weigh_over<FORM>(fmaf(a, factor, at.c - at.m), p, u);
-        else if constexpr (FORM == Form::LOGS) weigh_base(fmaf(a, factor * rate, at.e - rate * at.m), p, u);
-        else if constexpr (FORM == Form::SERIES) weigh_distance<FORM>(fmaf(a, factor, -at.m - at.c), p, u);
-        else weigh_as<FORM>(a * factor, at, p, u);
+        if constexpr (FORM == Form::EXACT) weigh_as<FORM>(a * factor, at, p, u);
+        else weigh_line<FORM>(a, factor, intercept<FORM>(at), p, u);
+    }
+    // The same in two steps, but for EXACT: what a row's state adds to factor * a, and then the entry.
+    template <Form FORM>
+    DEVICE float intercept(const Point& at) const {
+        return FORM == Form::LOGS ? at.e - rate * at.m : FORM == Form::SERIES ? -at.m - at.c : at.c - at.m;
+    }
+    template <Form FORM>
+    DEVICE void weigh_line(float a, float factor, float start, float& p, float& u) const {
+        if constexpr (FORM == Form::LOGS) weigh_base(fmaf(a, factor * rate, start), p, u);
+        else if constexpr (FORM == Form::SERIES) weigh_distance<FORM>(fmaf(a, factor, start), p, u);
+        else weigh_over<FORM>(fmaf(a, factor, start), p, u);
     }
 
     template <Form FORM>
@@ -89,6 +98,10 @@ struct Entmax {
         DEVICE void weigh_over(float over, float& p, float& u) const { entmax.template weigh_over<FORM>(over, p, u); }
         DEVICE void weigh_product(float a, float factor, const Point& at, float& p, float& u) const {
             entmax.template weigh_product<FORM>(a, factor, at, p, u);
+        }
+        DEVICE float intercept(const Point& at) const { return entmax.template intercept<FORM>(at); }
+        DEVICE void weigh_line(float a, float factor, float start, float& p, float& u) const {
+            entmax.template weigh_line<FORM>(a, factor, start, p, u);
         }
     };
 

@@ -5,6 +5,39 @@
 // in score units (AdaSplash, arXiv 2502.12082, App. A). A dropped entry is absent from O2, dp and the p of dV, and stays in u.
 #pragma once
 
+template <class S>
+inline constexpr bool DEFERS = S::WARPGROUP && S::STAGES > 2;  // whether a tile's last products end beside the next one's first
+
+// Copies of a matrix's rows to panels, N rows of D columns at a time, all of which are there: what does not change from one to the next
+// is held.
+template <class T, int D, int N>
+struct InnerRows {
+    static constexpr int CHUNK = 16 / sizeof(T), CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS;
+    using Tile = Layout<T, D, N, true>;
+    const u8* at;  // this thread's first chunk of the next N rows
+    u32 row_bytes;
+    bool within;
+
+    DEVICE InnerRows(const T* matrix, i64 stride, int columns, int first)
+        : row_bytes(static_cast<u32>(stride * static_cast<int>(sizeof(T)))), within(column() < columns) {
+        at = reinterpret_cast<const u8*>(matrix + (within ? column() : 0)) + static_cast<u64>(static_cast<u32>(first + row())) * row_bytes;
+    }
+    DEVICE void skip(int rows) { at += static_cast<u64>(static_cast<u32>(rows)) * row_bytes; }
+    DEVICE void copy(T* to) {
+        T* in_tile = to + Tile::at(row(), column());
+#pragma unroll
+        for (int r = 0; r < N / STEP; ++r, skip(STEP)) {
+            // Eight rows on, chunks are swizzled alike.
+            T* place = STEP % 8 == 0 ? in_tile + Tile::at(r * STEP, 0) : to + Tile::at(row() + r * STEP, column());
+            ptx::copy_16(place, at, within);
+        }
+    }
+
+private:
+    DEVICE static int row() { return ptx::thread() / CHUNKS; }
+    DEVICE static int column() { return ptx::thread() % CHUNKS * CHUNK; }
+};
+
 // ds of an entry from its u, p and dp = dO . V; p becomes what dV needs. `keep` counts where DROPS alone.
 template <bool DROPS>
 DEVICE float score_gradient(float dp, float keep, float delta, float u, float& p) {

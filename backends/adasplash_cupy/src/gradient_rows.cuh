@@ -67,14 +67,14 @@ struct RowState {
                 int column = (lane() % 4 + 4 * i) * Part::SIZE;
                 if (column >= S::BEV) continue;
                 Part of_o2 = EARLY > 0 ? o2[r][EARLY > 0 ? i : 0] : part_of_o2(x, r, i);
-                Part& d_out = *reinterpret_cast<Part*>(shared.d_out + S::OTile::at(warp() * 16 + lane() / 4 + 8 * r, column));
+                Part* place = reinterpret_cast<Part*>(shared.d_out + S::OTile::at(warp() * 16 + lane() / 4 + 8 * r, column));
+                Part d_out = *place;
 #pragma unroll
-                for (int j = 0; j < Part::SIZE; ++j) {
-                    // Rows that see no key get no gradient: masks are not applied to them where all other rows need none.
-                    if (!x.some(r)) d_out.x[j] = ptx::from_float<T>(0.f);
-                    else sum += ptx::to_float(d_out.x[j]) * ptx::to_float(of_o2.x[j]);
-                }
+                for (int j = 0; j < Part::SIZE; ++j) sum += ptx::to_float(d_out.x[j]) * ptx::to_float(of_o2.x[j]);
+                // Rows that see no key get no gradient: masks are not applied to them where all other rows need none.
+                if (!x.some(r)) *place = zeros();
             }
+            if (!x.some(r)) sum = 0.f;
             delta[r] = row_sum(sum);
             at[r] = x.entmax.point(m[r], c[r]);
         }
@@ -82,12 +82,15 @@ struct RowState {
     }
 
 private:
-    DEVICE Part part_of_o2(const Block<S>& x, int r, int i) const {
+    DEVICE static Part zeros() {
         Part part;
 #pragma unroll
         for (int j = 0; j < Part::SIZE; ++j) part.x[j] = ptx::from_float<T>(0.f);
+        return part;
+    }
+    DEVICE Part part_of_o2(const Block<S>& x, int r, int i) const {
         int column = (lane() % 4 + 4 * i) * Part::SIZE;
-        if (x.row[r] >= x.p.q_len || column >= x.p.head_dim_v) return part;
+        if (x.row[r] >= x.p.q_len || column >= x.p.head_dim_v) return zeros();
         return *reinterpret_cast<const Part*>(static_cast<const T*>(x.p.o2) + x.row_at(r) * x.p.head_dim_v + column);
     }
 };
