@@ -1,7 +1,8 @@
 """The ladder by which a kernel config is found, and the protocol of those who find it.
 
-explicit argument > process memory > user database > same GPU, older code or toolchain > shipped > same compute capability, other
-model > the backend's heuristic. The first look-up for a key asks the providers; later ones are one dictionary access.
+explicit argument > process memory > user database > same GPU, older code or toolchain > shipped > another number of heads > same
+compute capability, other model > the backend's heuristic. The first look-up for a key asks the providers; later ones are one
+dictionary access.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ class Rung(IntEnum):
     USER_DATABASE = 1
     STALE = 2  # this GPU and bucket, measured with older code or another toolchain
     SHIPPED = 3
-    SAME_CAPABILITY = 4  # another model of the same compute capability
-    HEURISTIC = 5
+    NEARBY = 4  # this GPU and these lengths, another batch size or number of heads
+    SAME_CAPABILITY = 5  # another model of the same compute capability
+    HEURISTIC = 6
 
     @property
     def words(self) -> str:
@@ -36,6 +38,7 @@ class Rung(IntEnum):
             Rung.USER_DATABASE: "user database",
             Rung.STALE: "user database, stale",
             Rung.SHIPPED: "shipped with the package",
+            Rung.NEARBY: "another batch size or number of heads, measured on this device",
             Rung.SAME_CAPABILITY: "a similar device (same compute capability)",
             Rung.HEURISTIC: "the backend's heuristic, not measured",
         }[self]
@@ -51,6 +54,14 @@ class FoundConfig:
     median_ms: float | None = None
 
 
+@dataclass(frozen=True)
+class FoundBackend:
+    """The backend measured fastest, and by what."""
+
+    name: str
+    why: str = "measured fastest for this bucket on this device"
+
+
 class ConfigProvider(Protocol):
     """Who knows tuned configs: the tuner registers one through ``adasplash_register_config_providers``.
 
@@ -64,8 +75,8 @@ class ConfigProvider(Protocol):
         """The best config this provider knows. ``None``, or a HEURISTIC answer whose detail explains the miss."""
         ...
 
-    def fastest(self, backends: Iterable[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> str | None:
-        """Name of the backend measured fastest for this bucket, forward and (if needed) backward together; None if not measured."""
+    def fastest(self, backends: Iterable[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> FoundBackend | None:
+        """The backend measured fastest for this bucket or nearby, forward and (if needed) backward together; None if not measured."""
         ...
 
     def reject(
@@ -111,17 +122,17 @@ class ConfigLadder:
         detail = "; ".join(a.detail for a in answers if a is not None and a.detail)
         return FoundConfig(backend.default_config(spec, device, pass_), Rung.HEURISTIC, detail or "nothing tuned is known")
 
-    def fastest(self, backends: list[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> str | None:
+    def fastest(self, backends: list[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> FoundBackend | None:
         for provider in self.providers:
             try:
-                name = provider.fastest(backends, spec, device)
+                found = provider.fastest(backends, spec, device)
             except FrozenConfigsError:
                 raise
             except Exception as error:  # as above
                 warn_once(f"Config provider {provider.name!r} failed and is passed over: {error!r}")
                 continue
-            if name is not None:
-                return name
+            if found is not None:
+                return found
         return None
 
     def reject(

@@ -29,7 +29,7 @@ def choose(
     """The backend for this call.
 
     An explicit name is taken or refused, never replaced. ``auto`` takes, among the capable, the one measured fastest for this
-    bucket on this GPU, else the highest priority.
+    bucket or one nearby on this GPU, else the highest priority.
 
     Raises
     ------
@@ -49,8 +49,8 @@ def choose(
         broken = {origin: (why,) for origin, why in registry.problems.items()}
         raise NoCapableBackendError({**against, **broken})
     if len(capable) > 1 and (fastest := configs.fastest(capable, spec, device)) is not None:
-        chosen = next(b for b in capable if b.name == fastest)
-        return Choice(chosen, "measured fastest for this bucket on this device", against)
+        chosen = next(b for b in capable if b.name == fastest.name)
+        return Choice(chosen, fastest.why, against)
     chosen = max(capable, key=lambda b: (b.priority, b.name))
     why = (
         "the only capable backend"

@@ -13,6 +13,9 @@ from adasplash_core.spec import AttentionSpec
 LIST_ROWS = 64
 """Query rows that share one list of keys: fixed, because what the forward saves the backward must read with any config."""
 
+MOST_REGISTERS = 255
+"""Of a thread, on every NVIDIA GPU."""
+
 
 Precision = Literal["ieee", "tf32"]
 """How float32 products are taken: exactly, or with operands rounded to TF32 for the tensor cores. Half precision knows "ieee" alone."""
@@ -97,6 +100,11 @@ def _bytes_per_row(spec: AttentionSpec) -> int:
 def _before_hopper(device: DeviceInfo) -> bool:
     """Whether products are mma.sync's alone, whose operands take registers."""
     return device.capability is not None and device.capability < (9, 0)
+
+
+def _has_tensor_memory(device: DeviceInfo) -> bool:
+    """Whether products are tcgen05's, which run beside the program: compute capability 10 and 11."""
+    return device.capability is not None and device.capability[0] in (10, 11)
 
 
 def _too_large(shared_bytes: int, device: DeviceInfo) -> bool:
@@ -225,15 +233,35 @@ def backward_space(spec: AttentionSpec, device: DeviceInfo) -> Iterator[Backward
     sizes = (32, 64, 128) if _bytes_per_row(spec) <= 512 else (16, 32)
     tiles += [replace(base, block_d=block_d, block_n=block_n) for block_d in sizes for block_n in sizes]
     for config in tiles:
-        if not _too_large(int(_backward_rows(config) * _bytes_per_row(spec)), device):
+        if _backward_registers(config, spec) < MOST_REGISTERS and not _too_large(
+            _backward_shared(config, spec, device), device
+        ):
             yield config
 
 
-def _backward_rows(config: BackwardConfig) -> float:
-    """How many rows of K's width the larger of the backward's kernels holds in shared memory: two blocks of its own, tiles of two
-    matrices for each load ahead, and what products take."""
+def _backward_registers(config: BackwardConfig, spec: AttentionSpec) -> int:
+    """Registers a thread that the sums ds K and u K of a block of rows take, which live as long as it does.
+
+    Two of 64 x 256 in float32 over 4 warps leave none: on Hopper such candidates spill twice what 8 warps do, and on Blackwell the
+    assembler gives up.
+    """
+    return 2 * LIST_ROWS * _padded(spec.head_dim) // (32 * config.num_warps)
+
+
+def _backward_shared(config: BackwardConfig, spec: AttentionSpec, device: DeviceInfo) -> int:
+    """Bytes of shared memory of the larger of the backward's kernels: two blocks of its own, tiles of two matrices for each load ahead,
+    and what products take. Counted in rows of K's width; fitted to what Triton 3.6 to 3.9 asked for."""
+    row = _bytes_per_row(spec)
     ahead = max(config.num_stages - 1, 1)
     lists = 2 * LIST_ROWS + (2 * config.num_stages + 3) * config.block_k
     rows = 2 * LIST_ROWS + (2 * ahead + 1 / 2) * config.block_d
     keys = (2 + 1 / 4) * config.block_n + (2 * ahead + 1 / 8) * LIST_ROWS
-    return max(lists, rows, keys)
+    barriers = 0
+    if config.num_stages > 1 and _has_tensor_memory(device) and (_itemsize(spec) == 2 or precision_of(spec, device) == "tf32"):
+        # Products run beside the program and read shared memory meanwhile: tiles are held a step longer, and one more for ds and u.
+        barriers = 3 * 1024
+        rows = 2 * LIST_ROWS + (2 * config.num_stages + 1) * config.block_d
+        if config.block_n >= 64:  # as many rows as these products have at least; for fewer the older ones are taken
+            staged = 2 * LIST_ROWS * config.block_n * _itemsize(spec) / row
+            keys = 2 * config.block_n + 2 * config.num_stages * LIST_ROWS + staged
+    return int(max(lists, rows, keys) * row) + barriers

@@ -10,7 +10,7 @@ import torch
 
 from adasplash_core import layout
 from adasplash_core.backend import AttentionBackend, AttentionCall, ForwardResult, Gradients, KernelConfig, SavedTensor
-from adasplash_core.configs import FoundConfig
+from adasplash_core.configs import FoundBackend, FoundConfig
 from adasplash_core.device import DeviceInfo
 from adasplash_core.errors import ConfigRejectedError
 from adasplash_core.plugins import Registry
@@ -78,8 +78,8 @@ class Provider:
         self.asked += 1
         return self.answers.get(pass_)
 
-    def fastest(self, backends: Iterable[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> str | None:
-        return self._fastest
+    def fastest(self, backends: Iterable[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> FoundBackend | None:
+        return None if self._fastest is None else FoundBackend(self._fastest)
 
     def reject(
         self, backend: AttentionBackend, spec: AttentionSpec, device: DeviceInfo, pass_: Pass, config: KernelConfig, why: str

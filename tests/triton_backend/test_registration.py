@@ -74,3 +74,47 @@ def test_the_widest_float32_backward_is_refused_where_it_does_not_fit() -> None:
 def test_small_gpus_get_fewer_stages() -> None:
     small = DeviceInfo("cuda", "RTX", capability=(8, 6), shared_memory=99 * 1024)
     assert configs.default_forward(SPEC, small).select_stages < configs.default_forward(SPEC, H100).select_stages
+
+
+B200 = dataclasses.replace(H100, name="B200", capability=(10, 0), multiprocessors=148)
+
+
+def wide(head_dim: int, dtype: str = "bfloat16", *, tf32: bool = False) -> AttentionSpec:
+    return AttentionSpec("cuda", dtype, 8, 8, head_dim, head_dim, needs_grad=True, tf32=tf32)
+
+
+@pytest.mark.parametrize("device", [H100, B200], ids=lambda device: device.name)
+def test_no_candidate_has_sums_that_fill_the_registers_alone(device: DeviceInfo) -> None:
+    """dS K and U K of 64 rows: 128 registers a thread each over 4 warps and 256 columns."""
+    warps = {dim: {c.num_warps for c in configs.backward_space(wide(dim), device)} for dim in (64, 128, 192, 256)}
+    assert warps == {64: {4, 8}, 128: {4, 8}, 192: {8}, 256: {8}}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "tile", "stages", "rows_kernel", "keys_kernel"),
+    [
+        (32, 128, 3, 66048, 75824),
+        (64, 32, 3, 46080, 46592),
+        (64, 64, 2, 58432, 66368),
+        (64, 128, 3, 132096, 116288),
+        (128, 32, 2, 74816, 54016),
+        (128, 64, 3, 148480, 149056),
+        (128, 128, 3, 263168, 198208),
+    ],
+)
+def test_blackwells_shared_memory_is_estimated_from_above(
+    head_dim: int, tile: int, stages: int, rows_kernel: int, keys_kernel: int
+) -> None:
+    """Against what Triton 3.9 asks for on compute capability 10.0, in bytes; at most half too much."""
+    config = configs.BackwardConfig(block_k=16, block_d=tile, block_n=tile, num_stages=stages)
+    needed = max(rows_kernel, keys_kernel)
+    assert needed <= configs._backward_shared(config, wide(head_dim), B200) <= 1.5 * needed
+    assert configs._backward_shared(config, wide(head_dim), H100) < configs._backward_shared(config, wide(head_dim), B200)
+
+
+def test_what_fits_hopper_alone_is_no_candidate_on_blackwell() -> None:
+    hopper, blackwell = (set(configs.backward_space(wide(128), device)) for device in (H100, B200))
+    assert {(c.block_d, c.num_stages) for c in hopper - blackwell} == {(128, 3)}
+    assert blackwell < hopper
+    exact = wide(64, "float32")  # no tensor cores: nothing is staged for them
+    assert set(configs.backward_space(exact, B200)) == set(configs.backward_space(exact, H100))

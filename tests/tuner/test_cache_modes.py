@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adasplash_core import attention
-from adasplash_core.configs import ConfigLadder, FoundConfig, Rung, ladder
+from adasplash_core.configs import ConfigLadder, FoundBackend, FoundConfig, Rung, ladder
 from adasplash_core.device import DeviceInfo
 from adasplash_core.errors import ArgumentError, FrozenConfigsError
 from adasplash_core.spec import AttentionSpec
@@ -153,7 +153,7 @@ class TestFrozen:
         store.publish(record(tuning_key(fast, SPEC, H100, "forward"), median_ms=1.0))
         store.publish(record(tuning_key(slow, SPEC, H100, "forward"), median_ms=2.0))
         mode("frozen")
-        assert TunedConfigs().fastest([slow, fast], SPEC, H100) == "fast"
+        assert TunedConfigs().fastest([slow, fast], SPEC, H100) == FoundBackend("fast")
         assert TunedConfigs().fastest([FakeBackend("slow", code="newer"), fast], SPEC, H100) is None
 
     def test_a_database_that_is_not_there_is_an_error_at_every_call(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adasplash_core.configs import ConfigLadder, Rung
+from adasplash_core.configs import ConfigLadder, FoundBackend, Rung
 from adasplash_core.spec import AttentionSpec
 from adasplash_tuner.key import TuningKey, tuning_key
 from adasplash_tuner.provider import TunedConfigs
@@ -52,8 +52,8 @@ class TestTf32:
             for spec, median_ms in ((self.EXACT, exact_ms), (self.ROUNDED, rounded_ms)):
                 store.publish(record(self.key(spec, FakeBackend(name)), median_ms=median_ms))
         backends = [FakeBackend("a"), FakeBackend("b")]
-        assert TunedConfigs().fastest(backends, self.EXACT, H100) == "a"
-        assert TunedConfigs().fastest(backends, self.ROUNDED, H100) == "b"
+        assert TunedConfigs().fastest(backends, self.EXACT, H100) == FoundBackend("a")
+        assert TunedConfigs().fastest(backends, self.ROUNDED, H100) == FoundBackend("b")
 
     def test_times_of_exact_products_say_nothing_of_rounded_ones(self, store: TuningStore) -> None:
         for name in ("a", "b"):

@@ -13,7 +13,7 @@ import pytest
 
 from adasplash_core import configs
 from adasplash_core.backend import KernelConfig
-from adasplash_core.configs import ConfigLadder, Rung, ladder
+from adasplash_core.configs import ConfigLadder, FoundBackend, Rung, ladder
 from adasplash_core.device import DeviceInfo
 from adasplash_core.dispatch import choose
 from adasplash_core.plugins import Registry
@@ -224,16 +224,16 @@ class TestAlphaOnTheDevice:
         fast, slow = FakeBackend("fast"), FakeBackend("slow")
         for backend, ms in ((fast, 1.0), (slow, 2.0)):
             store.publish(record(tuning_key(backend, self.known, H100, "forward"), median_ms=ms))
-        assert TunedConfigs().fastest([slow, fast], self.unknown, H100) == "fast"
-        assert TunedConfigs().fastest([slow, fast], self.unknown.without_lengths(), H100) == "fast"
+        assert TunedConfigs().fastest([slow, fast], self.unknown, H100) == FoundBackend("fast")
+        assert TunedConfigs().fastest([slow, fast], self.unknown.without_lengths(), H100) == FoundBackend("fast")
 
     def test_the_fastest_backend_is_first_looked_for_among_its_own_results(self, store: TuningStore) -> None:
         first, second = FakeBackend("first"), FakeBackend("second")
         for backend, known_ms, unknown_ms in ((first, 1.0, 3.0), (second, 9.0, 2.0)):
             store.publish(record(tuning_key(backend, self.known, H100, "forward"), median_ms=known_ms))
             store.publish(record(tuning_key(backend, self.unknown, H100, "forward"), median_ms=unknown_ms))
-        assert TunedConfigs().fastest([first, second], self.unknown, H100) == "second"
-        assert TunedConfigs().fastest([first, second], self.known, H100) == "first"
+        assert TunedConfigs().fastest([first, second], self.unknown, H100) == FoundBackend("second")
+        assert TunedConfigs().fastest([first, second], self.known, H100) == FoundBackend("first")
 
     def test_a_compiled_call_finds_it(self, store: TuningStore) -> None:
         """The spec that the operator builds while its caller is compiled, not one made by hand."""
@@ -350,7 +350,8 @@ class TestFastest:
         store.publish(record(tuning_key(backend, spec, H100, pass_), median_ms=ms, **changes))  # type: ignore[arg-type]
 
     def ask(self, spec=SPEC) -> str | None:  # type: ignore[no-untyped-def]
-        return TunedConfigs().fastest([self.slow, self.fast], spec, H100)
+        found = TunedConfigs().fastest([self.slow, self.fast], spec, H100)
+        return None if found is None else found.name
 
     def test_the_least_forward_time_wins_without_grad(self, store: TuningStore) -> None:
         self.publish(store, self.fast, "forward", 1.0)
@@ -389,12 +390,12 @@ class TestFastest:
         (tmp_path / "h100.json").write_text(export_document([timed(self.fast, 1.0), timed(self.slow, 2.0)]))
         (tmp_path / "h200.json").write_text(export_document([timed(self.fast, 9.0, H200), timed(self.slow, 1.0, H200)]))
         provider = TunedConfigs(pretuned=tmp_path)
-        assert provider.fastest([self.slow, self.fast], SPEC, H100) == "fast"
-        assert provider.fastest([self.slow, self.fast], SPEC, H200) == "slow"
+        assert provider.fastest([self.slow, self.fast], SPEC, H100) == FoundBackend("fast")
+        assert provider.fastest([self.slow, self.fast], SPEC, H200) == FoundBackend("slow")
         assert provider.fastest([self.slow, self.fast], SPEC, A100) is None
         store.publish(timed(self.fast, 3.0))
         store.publish(timed(self.slow, 2.5))
-        assert TunedConfigs(pretuned=tmp_path).fastest([self.slow, self.fast], SPEC, H100) == "slow"
+        assert TunedConfigs(pretuned=tmp_path).fastest([self.slow, self.fast], SPEC, H100) == FoundBackend("slow")
 
     def test_auto_takes_it_whatever_the_priorities(self, store: TuningStore) -> None:
         """Through ``choose``, as a call does it."""

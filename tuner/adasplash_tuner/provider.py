@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from adasplash_core.configs import FoundConfig, Rung, warn_once
+from adasplash_core.configs import FoundBackend, FoundConfig, Rung, warn_once
 from adasplash_core.errors import ArgumentError, ConfigError, FrozenConfigsError, StoreError
 from adasplash_core.spec import PASSES
 from adasplash_tuner.key import (
@@ -25,6 +26,10 @@ from adasplash_tuner.key import (
     UNKNOWN,
     TuningKey,
     alpha_classes,
+    distance,
+    lends_config,
+    of_any_size,
+    steps,
     tuning_key,
 )
 from adasplash_tuner.storage.location import DATABASE_VARIABLE, MODE_VARIABLE, CacheMode, cache_mode, locate
@@ -44,6 +49,9 @@ LOOKUP_TIMEOUT_S = 1.0
 
 RETRY_S = 60.0
 """A database that failed is asked again after this long: a lock passes, and waiting for it at every new bucket would hurt."""
+
+NEARBY_MARGIN = 1.02
+"""How many times faster a backend must have been nearby to be taken: as much as a config must be faster than the default."""
 
 _SAME_PROBLEM = tuple(n for n in PROBLEM_FIELDS if n != "alpha_class")
 
@@ -79,7 +87,7 @@ class TunedConfigs:
         """Forget all answers, so that new results, another ``ADASPLASH_DB`` and another ``ADASPLASH_CACHE_MODE`` are seen."""
         with self._lock:
             self._answers: dict[TuningKey, FoundConfig] = {}
-            self._fastest: dict[tuple[tuple[str, ...], bool, TuningKey], str | None] = {}
+            self._fastest: dict[tuple[tuple[str, ...], bool, TuningKey], FoundBackend | None] = {}
             self._source: Source | None = None
             self._known_mode: CacheMode | None = None
             self._failed_at = -RETRY_S
@@ -95,11 +103,12 @@ class TunedConfigs:
                 found = self._answers[key] = self._find(backend, spec, device, pass_, key)
         return found
 
-    def fastest(self, backends: Iterable[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> str | None:
+    def fastest(self, backends: Iterable[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> FoundBackend | None:
         """The backend with the least time for forward and (if needed) backward, of those measured here, or on such a GPU.
 
         Only times on the same inputs are compared, and at least two backends must have them: a backend that was measured alone says
         nothing of the others. While lengths are unknown, the totals over the buckets that all of them were measured in are compared.
+        Where nothing tells for this bucket, the nearest bucket that tells is asked, with the times of the configs that will be used.
         """
         ordered = sorted(backends, key=lambda b: b.name)
         if len(ordered) < 2 or self._mode is CacheMode.OFF:
@@ -150,6 +159,8 @@ class TunedConfigs:
                 warn_once(f"A tuned config shipped with the package is passed over ({row.readable}): {row.problem}")
         pretuned = [r for row in found if (r := row.usable) is not None and r.key.same(key, _SAME_PROBLEM)]
         yield from _ranked(Rung.SHIPPED, (r for r in pretuned if r.key.same(key, MACHINE_FIELDS)), key)
+        for records in (self._own, self._pretuned_here):
+            yield from _ranked(Rung.NEARBY, (r for r in records(of_any_size(key)) if lends_config(r.key, key)), key)
         yield from _ranked(Rung.SAME_CAPABILITY, (r for r in [*stored, *pretuned] if _alike(r.key, key)), key)
 
     def _parse(
@@ -193,15 +204,25 @@ class TunedConfigs:
         frozen = f" ({MODE_VARIABLE} is 'frozen')" if self._mode is CacheMode.FROZEN else ""
         return f"nothing is tuned for this key in {_named(source)}{frozen}{advice}{_key_line(key)}{''.join(lines)}"
 
-    def _measured_fastest(self, backends: list[AttentionBackend], spec: AttentionSpec, device: DeviceInfo) -> str | None:
-        """By this machine's own measurements if they tell, else by those shipped for this GPU."""
+    def _measured_fastest(
+        self, backends: list[AttentionBackend], spec: AttentionSpec, device: DeviceInfo
+    ) -> FoundBackend | None:
+        """By this machine's own measurements if they tell, else by those shipped for this GPU; else by either's nearby."""
         passes: tuple[Pass, ...] = PASSES if spec.needs_grad else PASSES[:1]
         keys = {b.name: [tuning_key(b, spec, device, pass_) for pass_ in passes] for b in backends}
+        classes = alpha_classes(keys[backends[0].name][0])  # its own first
         sources = (self._own, self._pretuned_here) if self._mode is not CacheMode.FROZEN else (self._own_exact,)
         for records in sources:
             found = {name: [(key, records(key)) for key in wanted] for name, wanted in keys.items()}
-            for alpha_class in alpha_classes(keys[backends[0].name][0]):  # its own first
-                if (fastest := _least({name: _times(pairs, alpha_class) for name, pairs in found.items()})) is not None:
+            for alpha_class in classes:
+                if (compared := _compared(found, alpha_class)) is not None:
+                    return FoundBackend(compared.fastest)
+        if self._mode is CacheMode.FROZEN:
+            return None
+        for records in sources:
+            found = {name: [(key, records(of_any_size(key))) for key in wanted] for name, wanted in keys.items()}
+            for alpha_class in classes:
+                if (fastest := _fastest_nearby(found, alpha_class)) is not None:
                     return fastest
         return None
 
@@ -319,11 +340,12 @@ def _alike(stored: TuningKey, key: TuningKey) -> bool:
     return stored.capability == key.capability if key.capability else stored.device_name == key.device_name
 
 
-def _preference(record: BestConfig, key: TuningKey) -> tuple[bool, int, int, int]:
-    """Sorts the best guess first: the very class of alpha, then nearest code, nearest size of machine, and newest."""
-    changed = sum(getattr(record.key, n) != getattr(key, n) for n in CODE_FIELDS)
+def _preference(record: BestConfig, key: TuningKey) -> tuple[float, ...]:
+    """Sorts the best guess first: the very class of alpha, nearest batch times heads, nearest code, nearest size of machine, newest."""
     another_alpha = record.key.alpha_class != key.alpha_class
-    return another_alpha, changed, abs(record.key.multiprocessors - key.multiprocessors), -record.measured_at
+    changed = sum(getattr(record.key, n) != getattr(key, n) for n in CODE_FIELDS)
+    heads = steps(record.key, key, "batch_heads_bucket")
+    return another_alpha, heads, changed, abs(record.key.multiprocessors - key.multiprocessors), -record.measured_at
 
 
 def _account(record: BestConfig, key: TuningKey) -> str:
@@ -343,23 +365,61 @@ def _key_line(key: TuningKey) -> str:
     return f"\n  key: {key.readable()}"
 
 
-def _times(passes: list[tuple[TuningKey, list[BestConfig]]], alpha_class: str) -> dict[tuple[object, ...], float]:
-    """Milliseconds by (bucket and inputs), all passes together, where every pass was measured."""
-    by_bucket: dict[tuple[object, ...], dict[str, float]] = {}
+Pairs = list[tuple[TuningKey, list[BestConfig]]]
+"""The key of each pass, and the results that may answer for it."""
+
+
+def _times(passes: Pairs, alpha_class: str) -> dict[tuple[Any, ...], float]:
+    """Milliseconds by (bucket and inputs), all passes together, where every pass was measured.
+
+    For a key that would not use a result's config, the time is the default's.
+    """
+    by_bucket: dict[tuple[Any, ...], dict[str, float]] = {}
     for key, records in passes:
+        known = tuple(n for n in SIZE_FIELDS if getattr(key, n) != UNKNOWN)
         for record in sorted(records, key=lambda r: _preference(r, key), reverse=True):  # the preferred one is written last
             if record.key.alpha_class == alpha_class:
                 bucket = (*(getattr(record.key, n) for n in SIZE_FIELDS), record.shape, record.inputs)
-                by_bucket.setdefault(bucket, {})[key.pass_] = record.median_ms
+                used = record.key.same(key, known) or lends_config(record.key, key)
+                by_bucket.setdefault(bucket, {})[key.pass_] = record.median_ms if used else record.default_ms
     return {bucket: sum(times.values()) for bucket, times in by_bucket.items() if len(times) == len(passes)}
 
 
-def _least(times: dict[str, dict[tuple[object, ...], float]]) -> str | None:
-    measured = {name: found for name, found in times.items() if found}
-    if len(measured) < 2:
-        return None
-    common = set.intersection(*(set(found) for found in measured.values()))
+@dataclass(frozen=True)
+class _Comparison:
+    """Milliseconds by backend, over all shapes and inputs on which every measured one was timed."""
+
+    totals: dict[str, float]
+    shapes: list[str]
+
+    @property
+    def fastest(self) -> str:
+        return min(self.totals, key=lambda name: (self.totals[name], name))
+
+
+def _compared(pairs: dict[str, Pairs], alpha_class: str) -> _Comparison | None:
+    """None if fewer than two backends were measured, or on nothing in common."""
+    times = {name: found for name, passes in pairs.items() if (found := _times(passes, alpha_class))}
+    common = set.intersection(*map(set, times.values())) if len(times) > 1 else set()
     if not common:
         return None
-    totals = {name: sum(found[b] for b in common) for name, found in measured.items()}
-    return min(totals, key=lambda name: (totals[name], name))
+    return _Comparison({name: sum(found[b] for b in common) for name, found in times.items()}, sorted({b[-2] for b in common}))
+
+
+def _fastest_nearby(found: dict[str, Pairs], alpha_class: str) -> FoundBackend | None:
+    """The backend that is clearly the fastest by the nearest results that compare at least two."""
+    near_and_far = {
+        d for pairs in found.values() for key, records in pairs for r in records if (d := distance(r.key, key)) is not None
+    }
+    for step in sorted(near_and_far):
+        near = {
+            name: [(key, [r for r in rs if distance(r.key, key) == step]) for key, rs in pairs] for name, pairs in found.items()
+        }
+        if (compared := _compared(near, alpha_class)) is not None:
+            first, second, *_ = sorted(compared.totals.values())
+            if second < NEARBY_MARGIN * first:
+                return None
+            times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(compared.totals.items()))
+            where = f"measured fastest on this device at the nearest sizes, {'; '.join(compared.shapes)}: {times}"
+            return FoundBackend(compared.fastest, where)
+    return None
