@@ -68,6 +68,21 @@ class TestConfigs:
         store.publish(at(backend, replace(few, batch=2, q_len=1, kv_len=4096)))
         assert found(backend, replace(few, q_len=1, kv_len=4096)).rung is Rung.HEURISTIC
 
+    def test_where_the_heuristic_sees_a_difference_it_answers_itself(self, store: TuningStore) -> None:
+        class Sized(FakeBackend):
+            def default_config(self, spec: AttentionSpec, device: DeviceInfo, pass_: Pass) -> BlockConfig:
+                return BlockConfig(16 if (spec.batch or 1) * spec.heads < 1024 else 48)
+
+        store.publish(at(Sized(), SPEC))
+        assert found(Sized(), replace(SPEC, batch=16)).config == BlockConfig(256)
+        answer = found(Sized(), replace(SPEC, batch=64))
+        assert (answer.config, answer.rung) == (BlockConfig(48), Rung.HEURISTIC)
+
+    def test_a_shape_whose_text_does_not_say_all_lends_nothing(self, store: TuningStore, backend: FakeBackend) -> None:
+        window = replace(SPEC, window=(512, 0))
+        store.publish(at(backend, window, shape="B=1,H=32,Hkv=8,L=8192,D=128,bfloat16,causal,window"))
+        assert found(backend, replace(window, batch=16)).rung is Rung.HEURISTIC
+
     def test_the_nearest_number_of_heads_answers_then_the_newest_code(self, store: TuningStore, backend: FakeBackend) -> None:
         store.publish(at(backend, replace(SPEC, batch=64), 32, measured_at=1_760_000_000))
         store.publish(at(FakeBackend(code="older"), SPEC, 64))

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "measure": {"key", "shapes", "storage"},
     "search": {"key", "shapes", "storage", "measure"},
     "report": {"key", "shapes", "storage", "measure", "search"},
-    "provider": {"key", "storage"},
+    "provider": {"key", "shapes", "storage"},
     "plugin": {"provider"},
 }
 

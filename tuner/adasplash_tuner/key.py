@@ -178,8 +178,8 @@ def of_any_size(key: TuningKey) -> TuningKey:
 
 
 def lends_config(measured: TuningKey, key: TuningKey) -> bool:
-    """Whether a config measured at ``measured`` may serve ``key``: all but the number of batch times heads is equal, and either fills
-    the device.
+    """Whether a config measured at ``measured`` may serve ``key``, if the backend sees no difference: all but the number of batch times
+    heads is equal, and either fills the device.
 
     Kernels work on blocks of rows of one head, so beyond that more heads are more of the same programs. Lengths and groups change
     what a program does: a config tuned for 2048 keys was up to 15 % slower than the default at 16384.

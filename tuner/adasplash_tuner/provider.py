@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -140,6 +140,8 @@ class TunedConfigs:
     ) -> FoundConfig:
         rows = self._rows(key)
         for rung, record in self._records(key, rows):
+            if rung is Rung.NEARBY and not _lends(record, key, backend, spec, device, pass_):
+                continue
             config = self._parse(backend, pass_, key, record, rows)
             if config is not None:
                 return FoundConfig(config, rung, _account(record, key), record.median_ms)
@@ -160,7 +162,7 @@ class TunedConfigs:
         pretuned = [r for row in found if (r := row.usable) is not None and r.key.same(key, _SAME_PROBLEM)]
         yield from _ranked(Rung.SHIPPED, (r for r in pretuned if r.key.same(key, MACHINE_FIELDS)), key)
         for records in (self._own, self._pretuned_here):
-            yield from _ranked(Rung.NEARBY, (r for r in records(of_any_size(key)) if lends_config(r.key, key)), key)
+            yield from _ranked(Rung.NEARBY, records(of_any_size(key)), key)
         yield from _ranked(Rung.SAME_CAPABILITY, (r for r in [*stored, *pretuned] if _alike(r.key, key)), key)
 
     def _parse(
@@ -220,7 +222,13 @@ class TunedConfigs:
         if self._mode is CacheMode.FROZEN:
             return None
         for records in sources:
-            found = {name: [(key, records(of_any_size(key))) for key in wanted] for name, wanted in keys.items()}
+            found = {
+                b.name: [
+                    (key, [_as_used(r, key, b, spec, device, pass_) for r in records(of_any_size(key))])
+                    for key, pass_ in zip(keys[b.name], passes, strict=True)
+                ]
+                for b in backends
+            }
             for alpha_class in classes:
                 if (fastest := _fastest_nearby(found, alpha_class)) is not None:
                     return fastest
@@ -340,6 +348,32 @@ def _alike(stored: TuningKey, key: TuningKey) -> bool:
     return stored.capability == key.capability if key.capability else stored.device_name == key.device_name
 
 
+def _lends(
+    record: BestConfig, key: TuningKey, backend: AttentionBackend, spec: AttentionSpec, device: DeviceInfo, pass_: Pass
+) -> bool:
+    """Whether a result's config may serve a call of another bucket: by the keys, and by the backend, whose heuristic must see no
+    difference between the two shapes."""
+    if not lends_config(record.key, key):
+        return False
+    from adasplash_tuner.shapes.shape import Shape
+
+    try:
+        shape = Shape.parse(record.shape)
+    except ArgumentError:  # one with features that a shape's text cannot say
+        return False
+    measured = replace(
+        spec, batch=shape.batch, heads=shape.heads, kv_heads=shape.kv_heads, q_len=shape.q_len, kv_len=shape.kv_len
+    )
+    return backend.default_config(measured, device, pass_) == backend.default_config(spec, device, pass_)
+
+
+def _as_used(
+    record: BestConfig, key: TuningKey, backend: AttentionBackend, spec: AttentionSpec, device: DeviceInfo, pass_: Pass
+) -> BestConfig:
+    """A result of another bucket with the time of the config that a call would use: the default's where none is lent."""
+    return record if _lends(record, key, backend, spec, device, pass_) else replace(record, median_ms=record.default_ms)
+
+
 def _preference(record: BestConfig, key: TuningKey) -> tuple[float, ...]:
     """Sorts the best guess first: the very class of alpha, nearest batch times heads, nearest code, nearest size of machine, newest."""
     another_alpha = record.key.alpha_class != key.alpha_class
@@ -370,18 +404,13 @@ Pairs = list[tuple[TuningKey, list[BestConfig]]]
 
 
 def _times(passes: Pairs, alpha_class: str) -> dict[tuple[Any, ...], float]:
-    """Milliseconds by (bucket and inputs), all passes together, where every pass was measured.
-
-    For a key that would not use a result's config, the time is the default's.
-    """
+    """Milliseconds by (bucket and inputs), all passes together, where every pass was measured."""
     by_bucket: dict[tuple[Any, ...], dict[str, float]] = {}
     for key, records in passes:
-        known = tuple(n for n in SIZE_FIELDS if getattr(key, n) != UNKNOWN)
         for record in sorted(records, key=lambda r: _preference(r, key), reverse=True):  # the preferred one is written last
             if record.key.alpha_class == alpha_class:
                 bucket = (*(getattr(record.key, n) for n in SIZE_FIELDS), record.shape, record.inputs)
-                used = record.key.same(key, known) or lends_config(record.key, key)
-                by_bucket.setdefault(bucket, {})[key.pass_] = record.median_ms if used else record.default_ms
+                by_bucket.setdefault(bucket, {})[key.pass_] = record.median_ms
     return {bucket: sum(times.values()) for bucket, times in by_bucket.items() if len(times) == len(passes)}
 
 
