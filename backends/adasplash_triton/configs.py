@@ -250,18 +250,18 @@ def _backward_registers(config: BackwardConfig, spec: AttentionSpec) -> int:
 
 def _backward_shared(config: BackwardConfig, spec: AttentionSpec, device: DeviceInfo) -> int:
     """Bytes of shared memory of the larger of the backward's kernels: two blocks of its own, tiles of two matrices for each load ahead,
-    and what products take. Counted in rows of K's width; fitted to what Triton 3.6 to 3.9 asked for."""
+    and what products take. Counted in rows of K's width; fitted to what Triton asks for."""
     row = _bytes_per_row(spec)
     ahead = max(config.num_stages - 1, 1)
     lists = 2 * LIST_ROWS + (2 * config.num_stages + 3) * config.block_k
     rows = 2 * LIST_ROWS + (2 * ahead + 1 / 2) * config.block_d
     keys = (2 + 1 / 4) * config.block_n + (2 * ahead + 1 / 8) * LIST_ROWS
     barriers = 0
-    if config.num_stages > 1 and _has_tensor_memory(device) and (_itemsize(spec) == 2 or precision_of(spec, device) == "tf32"):
+    if config.num_stages > 1 and _has_tensor_memory(device) and _itemsize(spec) == 2:
         # Products run beside the program and read shared memory meanwhile: tiles are held a step longer, and one more for ds and u.
         barriers = 3 * 1024
         rows = 2 * LIST_ROWS + (2 * config.num_stages + 1) * config.block_d
         if config.block_n >= 64:  # as many rows as these products have at least; for fewer the older ones are taken
-            staged = 2 * LIST_ROWS * config.block_n * _itemsize(spec) / row
+            staged = 2 * LIST_ROWS * config.block_n * 2 / row
             keys = 2 * config.block_n + 2 * config.num_stages * LIST_ROWS + staged
     return int(max(lists, rows, keys) * row) + barriers

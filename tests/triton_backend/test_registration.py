@@ -116,5 +116,6 @@ def test_what_fits_hopper_alone_is_no_candidate_on_blackwell() -> None:
     hopper, blackwell = (set(configs.backward_space(wide(128), device)) for device in (H100, B200))
     assert {(c.block_d, c.num_stages) for c in hopper - blackwell} == {(128, 3)}
     assert blackwell < hopper
-    exact = wide(64, "float32")  # no tensor cores: nothing is staged for them
-    assert set(configs.backward_space(exact, B200)) == set(configs.backward_space(exact, H100))
+    for tf32 in (False, True):  # the rule is fitted to half precision
+        single = wide(64, "float32", tf32=tf32)
+        assert set(configs.backward_space(single, B200)) == set(configs.backward_space(single, H100))
