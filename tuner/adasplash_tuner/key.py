@@ -182,7 +182,7 @@ def lends_config(measured: TuningKey, key: TuningKey) -> bool:
     heads is equal, and either fills the device.
 
     Kernels work on blocks of rows of one head, so beyond that more heads are more of the same programs. Lengths and groups change
-    what a program does: a config tuned for 2048 keys was up to 15 % slower than the default at 16384.
+    what a program does.
     """
     rest = tuple(n for n in PROBLEM_FIELDS if n not in ("batch_heads_bucket", "alpha_class"))
     return measured.same(key, rest) and _fills(measured) and _fills(key)
