@@ -41,9 +41,7 @@ class ForwardConfig(KernelConfig):
     lists_warpgroups: int = 0  # whether forward_lists multiplies by whole warpgroups (Hopper)
     dense_warpgroups: int = 0  # likewise forward_dense
     bound_warpgroups: int = 0  # likewise forward_bound
-    dense_pairs: int = (
-        1  # whether forward_dense's warpgroups look at two tiles at once, of lists too long to be held and of all keys
-    )
+    dense_pairs: int = 1  # whether forward_dense's warpgroups look at two tiles at once, but for lists that they hold
     turn_mib: int = 32  # of K and V whose heads' blocks of rows forward_lists and forward_dense take in turn; 0: head by head
 
 
