@@ -178,7 +178,9 @@ def _limit(device: DeviceInfo) -> int:
 def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
     """Large tiles where registers allow, then what fits the device's shared memory."""
     width, wide = _width(spec), spec.dtype == "float32"
-    config = ForwardConfig(keys=64 if width <= 64 and not wide else 32, select_keys=128 if width <= 64 else 64)
+    config = ForwardConfig(
+        keys=32 if wide or width > 64 or _crowded(spec, device) else 64, select_keys=128 if width <= 64 else 64
+    )
     if width > 128 or (wide and width > 64):
         config = replace(config, keys=16)
     if device.capability == (9, 0) and takes_marking(spec):
@@ -329,6 +331,13 @@ def _keys_choices(base: BackwardConfig) -> Iterator[BackwardConfig]:
         yield replace(base, rows=32, keys_programs=3)
         yield replace(base, row_stages=2)
     yield replace(base, turn_mib=0)
+
+
+def _crowded(spec: AttentionSpec, device: DeviceInfo) -> bool:
+    """Whether forward_dense spills registers with 64 keys a tile: so compilers do with these at an alpha that the device decides."""
+    if device.capability is None or spec.alpha_class in _ALPHA_CODES:
+        return False
+    return device.capability < (8, 0) or (device.capability >= (10, 0) and spec.alibi and spec.dropout)
 
 
 def _spills(spec: AttentionSpec, keys: int, most: int) -> bool:
