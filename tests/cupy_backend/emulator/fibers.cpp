@@ -94,7 +94,7 @@ void prepare(Thread& t) {
 
 // c += a b as the tensor cores lay out their operands: words 0-3 are c, 4-7 a, 8-9 b.
 void multiply(Thread* lanes, bool is_half) {
-    float a[16][16], b[8][16], c[16][8];
+    float a[16][16], b[16][8], c[16][8];  // b's inner dimension first: the loop over columns is one of vectors
     for (int l = 0; l < 32; ++l) {
         const uint32_t* w = lanes[l].words;
         int g = l / 4, t = l % 4;
@@ -103,18 +103,18 @@ void multiply(Thread* lanes, bool is_half) {
             a[g + 8][2 * t + i] = element(w[5], i, is_half);
             a[g][2 * t + 8 + i] = element(w[6], i, is_half);
             a[g + 8][2 * t + 8 + i] = element(w[7], i, is_half);
-            b[g][2 * t + i] = element(w[8], i, is_half);
-            b[g][2 * t + 8 + i] = element(w[9], i, is_half);
+            b[2 * t + i][g] = element(w[8], i, is_half);
+            b[2 * t + 8 + i][g] = element(w[9], i, is_half);
             std::memcpy(&c[g][2 * t + i], &w[i], 4);
             std::memcpy(&c[g + 8][2 * t + i], &w[2 + i], 4);
         }
     }
-    for (int m = 0; m < 16; ++m)
-        for (int n = 0; n < 8; ++n) {
-            float sum = 0.f;
-            for (int k = 0; k < 16; ++k) sum += a[m][k] * b[n][k];
-            c[m][n] += sum;
-        }
+    for (int m = 0; m < 16; ++m) {
+        float sums[8] = {};
+        for (int k = 0; k < 16; ++k)
+            for (int n = 0; n < 8; ++n) sums[n] += a[m][k] * b[k][n];
+        for (int n = 0; n < 8; ++n) c[m][n] += sums[n];
+    }
     for (int l = 0; l < 32; ++l)
         for (int i = 0; i < 4; ++i) std::memcpy(&lanes[l].words[i], &c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2], 4);
 }
@@ -183,13 +183,14 @@ bool complete_named(int id) {
 
 bool complete_waiting() {
     bool progress = false;
-    int at_barrier = 0, done = 0;
+    int at_barrier = 0, at_named = 0, done = 0;
     for (int w = 0; w < thread_count; w += 32) {
         int waiting = 0;
         for (int l = 0; l < 32; ++l) {
             Thread& t = threads[w + l];
             done += t.done;
             at_barrier += !t.done && t.waits_for == Operation::BARRIER;
+            at_named += !t.done && t.waits_for == Operation::NAMED_BARRIER;
             waiting += !t.done && of_warp(t.waits_for);
         }
         if (waiting == 32 && threads[w].waits_for != Operation::PRODUCTS) {
@@ -203,7 +204,7 @@ bool complete_waiting() {
         any_true = false;
         progress = true;
     }
-    for (int id = 1; id < 16; ++id) progress = complete_named(id) || progress;
+    for (int id = 1; id < 16 && at_named > 0; ++id) progress = complete_named(id) || progress;
     if (progress || release_phases()) return true;
     // Products and copies under way: as late as may be.
     for (int w = 0; w < thread_count; w += 32) {
@@ -245,15 +246,6 @@ void fail(const char* what, const Thread& t) {
         std::snprintf(message, sizeof(message), "%s (block %d, %d, %d, thread %d)", what, block.at[0], block.at[1], block.at[2], t.index);
         failure = message;
     }
-}
-
-float element(uint32_t word, int half_word, bool is_half) {
-    uint16_t bits = static_cast<uint16_t>(word >> (16 * half_word));
-    if (is_half) return half_to_float(bits);
-    uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float x;
-    std::memcpy(&x, &wide, 4);
-    return x;
 }
 
 Thread& wait(Operation operation) {
@@ -317,18 +309,6 @@ void wait_copies(int pending) {
         note_copy(copy.to, me);
     }
     me.copies.erase(me.copies.begin(), me.copies.begin() + static_cast<long>(done));
-}
-
-float half_to_float(uint16_t x) {
-    uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, exponent = x >> 10 & 31, mantissa = x & 1023, bits;
-    if (exponent == 0) {
-        float y = std::ldexp(static_cast<float>(mantissa), -24);
-        return sign ? -y : y;
-    }
-    bits = sign | (exponent == 31 ? 255u << 23 : (exponent + 112) << 23) | mantissa << 13;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
 }
 
 uint16_t float_to_half(float x) {

@@ -46,7 +46,18 @@ void copy_16(void* to, const void* from, bool there);
 void commit_copies();
 void wait_copies(int pending);
 void add_four(float* p, const float (&x)[4]);
-float half_to_float(uint16_t x);
+// The exponent moved by 2^112, which makes subnormals right as well; infinities and NaNs end above all others.
+inline float half_to_float(uint16_t x) {
+    uint32_t bits = static_cast<uint32_t>(x & 0x7fff) << 13;
+    float y;
+    __builtin_memcpy(&y, &bits, 4);
+    y *= 0x1p112f;
+    __builtin_memcpy(&bits, &y, 4);
+    if ((x & 0x7c00) == 0x7c00) bits |= 0x7f800000u;
+    bits |= static_cast<uint32_t>(x & 0x8000) << 16;
+    __builtin_memcpy(&y, &bits, 4);
+    return y;
+}
 uint16_t float_to_half(float x);
 
 // -- Hopper: see hopper.cpp ------------------------------------------------------------------------------------------------------

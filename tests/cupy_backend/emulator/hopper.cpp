@@ -2,6 +2,7 @@
 //
 // A copy happens when every thread waits for others, as late as it may, or at once where `order` is 1, as early as it may. A product
 // reads shared memory when it is waited for; until then its sums are NaN. Tiles lie swizzled, and are read through their descriptors.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -38,21 +39,27 @@ Thread& me() { return *static_cast<Thread*>(current); }
 // Where the bytes of a tile lie: bits 4 to 6 of the address, changed by bits 7 to 9.
 unsigned char* swizzled(uint32_t address) { return block.shared + ((address ^ (address >> 7 & 7) << 4) - WINDOW); }
 
+// In pieces of 16 bytes, which stay together when a tile is swizzled; zeros outside the tensor.
 void copy(const CopyTile& tile) {
     const TensorMap& map = *tile.map;
     uint32_t to = shared_address(tile.to);
-    for (int row = 0; row < map.box[1]; ++row)
-        for (int column = 0; column < map.box[0]; ++column, to += static_cast<uint32_t>(map.item_bytes)) {
-            int at[4] = {tile.at[0] + column, tile.at[1] + row, tile.at[2], tile.at[3]};
-            bool inside = true;
-            int64_t offset = static_cast<int64_t>(at[0]) * map.item_bytes;
-            for (int i = 0; i < 4; ++i) inside = inside && at[i] >= 0 && at[i] < map.lengths[i];
-            for (int i = 0; i < 3; ++i) offset += at[i + 1] * map.strides[i];
-            if (inside)
-                std::memcpy(swizzled(to), map.base + offset, static_cast<size_t>(map.item_bytes));
-            else
-                std::memset(swizzled(to), 0, static_cast<size_t>(map.item_bytes));
+    const int piece = 16 / map.item_bytes;
+    for (int row = 0; row < map.box[1]; ++row) {
+        int64_t at[3] = {tile.at[1] + row, tile.at[2], tile.at[3]}, offset = 0;
+        bool inside = true;
+        for (int i = 0; i < 3; ++i) {
+            inside = inside && at[i] >= 0 && at[i] < map.lengths[i + 1];
+            offset += at[i] * map.strides[i];
         }
+        for (int column = 0; column < map.box[0]; column += piece, to += 16) {
+            int64_t first = tile.at[0] + column;
+            int64_t low = std::clamp<int64_t>(-first, 0, piece), high = std::clamp<int64_t>(map.lengths[0] - first, low, piece);
+            std::memset(swizzled(to), 0, 16);
+            if (inside && low < high)
+                std::memcpy(swizzled(to) + low * map.item_bytes, map.base + offset + (first + low) * map.item_bytes,
+                            static_cast<size_t>((high - low) * map.item_bytes));
+        }
+    }
 }
 
 bool end_phase(Phases& barrier) {
@@ -77,8 +84,9 @@ Phases& find(uint64_t* barrier) {
     return found->second;
 }
 
-// An operand of `rows` rows, which count from `first` on, and 16 columns of the product's inner dimension.
-void load(float* to, uint64_t descriptor, bool down, int first, int rows, bool half, const Thread& t) {
+// An operand of `rows` rows, which count from `first` on, and 16 columns of the product's inner dimension; entry (i, e) goes to
+// to[i * by_row + e * by_column].
+void load(float* to, int by_row, int by_column, uint64_t descriptor, bool down, int first, int rows, bool half, const Thread& t) {
     uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4, group = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
     uint32_t panel = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("a descriptor of another layout than 128 swizzled bytes a row", t);
@@ -92,7 +100,7 @@ void load(float* to, uint64_t descriptor, bool down, int first, int rows, bool h
             if (copied[static_cast<size_t>(at - block.shared) / 16] != 0) return fail("a product reads what was copied and not published", t);
             uint16_t bits;
             std::memcpy(&bits, at, 2);
-            to[i * 16 + e] = element(bits, 0, half);
+            to[static_cast<int>(i) * by_row + static_cast<int>(e) * by_column] = element(bits, 0, half);
         }
     }
 }
@@ -150,7 +158,7 @@ void complete_products(Thread* lanes) {
     while (count < lanes[0].products.size() && lanes[0].products[count].group < lanes[0].product_groups - left) ++count;
     int warp = lanes[0].index / 32, first = warp % 4 * 16;
     auto& sequence = sequences[warp / 4];
-    std::vector<float> a(16 * 16), b(128 * 16), sums(16 * 128);
+    std::vector<float> a(16 * 16), b(16 * 128), sums(16 * 128);  // b's inner dimension first: the loop over columns is one of vectors
     for (size_t i = 0; i < count; ++i) {
         const Product& product = lanes[0].products[i];
         const ProductKind& kind = product.kind;
@@ -165,13 +173,14 @@ void complete_products(Thread* lanes) {
         if (seen == sequence.size()) sequence.emplace_back(product.a, product.b);
         if (sequence[seen] != std::make_pair(product.a, product.b)) return fail("warps of a warpgroup differ in their products", lanes[0]);
         if (product.registers != nullptr) load_registers(a.data(), lanes, i);
-        else load(a.data(), product.a, kind.a_down, first, 16, kind.half, lanes[0]);
-        load(b.data(), product.b, kind.b_down, 0, kind.columns, kind.half, lanes[0]);
+        else load(a.data(), 16, 1, product.a, kind.a_down, first, 16, kind.half, lanes[0]);
+        load(b.data(), 1, 128, product.b, kind.b_down, 0, kind.columns, kind.half, lanes[0]);
+        std::fill(sums.begin(), sums.end(), 0.f);
         for (int m = 0; m < 16; ++m)
-            for (int n = 0; n < kind.columns; ++n) {
-                float sum = 0.f;
-                for (int k = 0; k < 16; ++k) sum += a[static_cast<size_t>(m * 16 + k)] * b[static_cast<size_t>(n * 16 + k)];
-                sums[static_cast<size_t>(m * 128 + n)] = sum;
+            for (int k = 0; k < 16; ++k) {
+                const float left = a[static_cast<size_t>(m * 16 + k)], *right = b.data() + k * 128;
+                float* to = sums.data() + m * 128;
+                for (int n = 0; n < kind.columns; ++n) to[n] += left * right[n];
             }
         for (int l = 0; l < 32; ++l) {
             const Product& mine = lanes[l].products[i];

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 #include <vector>
 
 #include "fibers.h"
@@ -62,7 +63,14 @@ extern const char* failure;
 void fail(const char* what, const Thread& t);
 // Lets others go on until what this thread waits for has happened.
 Thread& wait(Operation operation);
-float element(uint32_t word, int half_word, bool is_half);
+inline float element(uint32_t word, int half_word, bool is_half) {
+    auto bits = static_cast<uint16_t>(word >> (16 * half_word));
+    if (is_half) return half_to_float(bits);
+    uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+}
 
 // Hopper's part of a block: at its start, when no thread can go on (was there progress?), and when a warp waits for products.
 void forget_phases();

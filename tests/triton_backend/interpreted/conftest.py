@@ -5,4 +5,9 @@ from __future__ import annotations
 
 import os
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+collect_ignore_glob = ["test_*.py"]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.triton_backend.interpreted import faster
+
+    faster.install()
+    collect_ignore_glob = []
