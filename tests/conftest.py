@@ -15,7 +15,7 @@ os.environ["ADASPLASH_DB"] = f"sqlite:///{Path(_HOME.name) / 'tests.db'}"
 os.environ.pop("ADASPLASH_PLUGINS", None)
 os.environ.pop("ADASPLASH_DEBUG", None)
 os.environ.pop("ADASPLASH_CACHE_MODE", None)
-gc.disable()  # until all is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, as of this one below
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,7 +29,18 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-_LONG = ("test_interpreted.py", "test_demo.py", "test_ahead_of_time.py", "test_tuning_workers.py", "test_distributed.py")
+_LONG = (
+    "test_ahead_of_time.py",
+    "test_warpgroups.py",
+    "test_conformance.py",
+    "test_interpreted.py",
+    "test_marking.py",
+    "test_solve.py",
+    "test_compile.py",
+    "test_demo.py",
+    "test_tuning_workers.py",
+    "test_distributed.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,4 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What was imported stays: collections that look at it again took a tenth of the run."""
     gc.freeze()
-    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries would report what lives at the end as leaks

@@ -190,6 +190,7 @@ class TestCaches:
         cache.reset()  # type: ignore[attr-defined]
         torch.testing.assert_close(causal(x, cache=cache), first)
 
+    @pytest.mark.parametrize("causal", ["plain", "all"], indirect=True)  # each option alone is in the tests above, uncompiled
     def test_one_graph_serves_every_step_of_a_static_cache(self, causal: EntmaxAttention) -> None:
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")

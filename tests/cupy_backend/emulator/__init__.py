@@ -31,7 +31,9 @@ from adasplash_cupy.tensor_maps import BYTES, TensorMap
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-_FLAGS = ("-std=c++17", "-fPIC", "-march=native", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+_FLAGS = (
+    "-std=c++17", "-fPIC", "-march=native", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas"
+)  # fmt: skip
 _lock = threading.Lock()  # one block at a time, in one thread
 
 order = 0
