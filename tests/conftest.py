@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: collections that look at it again took a tenth of the run."""
+    """What was imported stays: collections that look at it again take a twentieth of the run."""
     gc.freeze()
 
 

@@ -61,7 +61,7 @@ def entmax_row(scores: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         high = (beta * scores).max()
         low = high - 1
-        for _ in range(100):
+        for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if p(middle).sum() > 1 else (low, middle)
         slope = (p(high) ** (2 - alpha)).masked_fill(p(high) == 0, 0).sum() / beta
