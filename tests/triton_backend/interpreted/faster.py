@@ -42,8 +42,11 @@ def builtins_of(package: Any) -> tuple[str, ...]:
 
 
 def patch_builtins(package: Any, builder: Any, *scope: Any) -> None:
-    """In place of a look through all members at each call of a function within a kernel."""
-    for name in builtins_of(package):
+    """In place of a look through all members at each call of a function within a kernel: all are replaced together, or none."""
+    names = builtins_of(package)
+    if names and not core.is_builtin(getattr(package, names[0])):
+        return
+    for name in names:
         member = getattr(package, name)
         if core.is_builtin(member):
             interpreter._patch_attr(package, name, member, builder, *scope)
