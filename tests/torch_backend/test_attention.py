@@ -232,9 +232,9 @@ def test_alpha_gradient_at_softmax_is_the_limit_from_above() -> None:
 @pytest.mark.parametrize("alpha", [1.0, 1 + 1e-6, 1.25, 1.5, 1.75, 2.0])
 @pytest.mark.parametrize("causal", [False, True])
 def test_tiles_change_nothing_but_rounding(alpha: float, causal: bool) -> None:
-    q, k, v = (randn(2, 3, 70, 8, seed=s, dtype=torch.float32) for s in range(3))
+    q, k, v = (randn(2, 3, 43, 8, seed=s, dtype=torch.float32) for s in range(3))
     call = make_call(2 * q, k, v, alpha=alpha, is_causal=causal, dropout_p=0.2, return_stats=True)
-    grad = randn(2, 3, 70, 8, seed=5, dtype=torch.float32)
+    grad = randn(2, 3, 43, 8, seed=5, dtype=torch.float32)
     first = forward(call)
     expected = backward(call, grad, first)
     for tile in TILES:
