@@ -10,7 +10,9 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 EXPERIMENTS = {
-    "language_modelling_124m_4096": "A GPT-2-class model from scratch, {context} tokens",
+    "language_modelling_124m_4096": "A GPT-2-class model from scratch, {context} tokens, by the Triton backend",
+    "language_modelling_cupy_124m_4096": "The same by the backend that is chosen by default, CuPy",
+    "language_modelling_longer_124m_4096": "A GPT-2-class model from scratch, {context} tokens, more steps, by the Triton backend",
     "language_modelling_124m_1024": "A GPT-2-class model from scratch, {context} tokens",
     "step_profile_124m_4096": "Where a step of the GPT-2-class model goes, {context} tokens, milliseconds",
     "continued_training_8192": "SmolLM2-135M goes on training on news, {context} tokens",

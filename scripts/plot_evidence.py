@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PANELS = {
     "language_modelling_124m_1024": "124M from scratch, 1024 tokens",
     "language_modelling_124m_4096": "124M from scratch, 4096 tokens",
+    "language_modelling_longer_124m_4096": "124M from scratch, 4096 tokens, more steps",
     "continued_training_8192": "SmolLM2-135M, 8192 tokens",
 }
 COLOURS = {

@@ -197,6 +197,7 @@ def default_forward(spec: AttentionSpec, device: DeviceInfo) -> ForwardConfig:
         config = replace(config, lists_warpgroups=1, dense_warpgroups=1, keys=64 if plain else 32)
         # Two programs a multiprocessor. From four stages on forward_lists solves lists that its tiles hold.
         config = replace(config, stages=6) if width <= 64 else replace(config, stages=2, dense_stages=2)
+        config = replace(config, dense_pairs=int(width <= 64))  # of wider heads some compilers spill registers
     while _forward_bytes(spec, config) > _limit(device) and config.stages > 1:
         config = replace(config, stages=1, dense_stages=1, select_stages=1)
     while _forward_bytes(spec, config) > _limit(device) and config.keys > 16:

@@ -66,6 +66,10 @@ DEVICE float renewed(float x) {
     asm volatile("" : "+f"(x));
     return x;
 }
+DEVICE int renewed(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // The larger of two numbers, but NaN where x is.
 DEVICE float at_least(float x, float least) {

@@ -46,7 +46,9 @@ DEVICE BlockOfRows block_in_turn(const Params& p, int at) {
     int first = at / (p.heads_in_turn * p.q_blocks) * p.heads_in_turn, left = p.batch * p.heads - first;
     int heads = p.heads_in_turn < left ? p.heads_in_turn : left;
     at -= first * p.q_blocks;
-    return {first + at % heads, p.q_blocks - 1 - at / heads};
+    // One number, of which both follow: where registers are scarce, those are computed anew.
+    int place = ptx::renewed((first + at % heads) * p.q_blocks + p.q_blocks - 1 - at / heads);
+    return {place / p.q_blocks, place % p.q_blocks};
 }
 
 // Visible keys lo <= j < hi of a row and its diagonal; rows past the end are empty.

@@ -75,6 +75,7 @@ DEVICE float float_of(u32 x) {
     return y;
 }
 DEVICE float renewed(float x) { return x; }
+DEVICE int renewed(int x) { return x; }
 DEVICE float at_least(float x, float least) { return x <= least ? least : x; }
 DEVICE float positive(float x) { return at_least(x, 0.f); }
 DEVICE float exp2_fast(float x) { return std::exp2(x); }
